@@ -1,0 +1,131 @@
+"""The record of an endpoint: what is deployed at a stable address, and what was before."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+API_KEY_VARIABLE = "TUNELINE_ENDPOINT_KEY"
+"""The environment variable an endpoint's API key is taken from: in argv or a flow's parameters it would be
+stored."""
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+
+Quantization = Literal["bnb-4bit", "bnb-8bit"]
+Target = Literal["transformers"]
+DeploymentState = Literal["starting", "current", "retired", "failed"]
+
+
+def _no_parent_folder(name: str) -> str:
+    if ".." in name:
+        raise ValueError("may not contain '..'")
+    return name
+
+
+EndpointName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
+# No '@' and no ':': `transformers serve` reads a revision or a GGUF file after them. No '/': the name is a
+# folder.
+ModelName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"), AfterValidator(_no_parent_folder)
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ProcessReference(_Record):
+    """A process that can be told from a later one to which the system gave the same pid."""
+
+    pid: int = Field(gt=0)
+    started: float = Field(description="Start of the process, seconds since the epoch.")
+
+
+class Probe(_Record):
+    """One question whose prompt tokens, and answer, are known from training."""
+
+    messages: list[dict[str, str]] = Field(min_length=1, description="Chat messages, `role` and `content` each.")
+    prompt_token_ids: list[int] = Field(min_length=1, description="What the training stage fed the model for them.")
+    answer: str | None = Field(default=None, description="Greedy answer of the model; None: not compared.")
+    max_new_tokens: int = Field(default=64, ge=1)
+
+
+class Verification(_Record):
+    """What was proved before the endpoint was switched to a deployment."""
+
+    prompts_checked: int
+    answers_checked: int
+    answers_skipped: str | None = Field(default=None, description="Why some answers were not compared.")
+
+
+class Deployment(_Record):
+    """One deployed model: its weights, the server process it runs in, and how it came to be current."""
+
+    model: ModelName = Field(description="Deployed model name, `MODEL_d_xxxx[_QUANT]`.")
+    model_name: ModelName
+    model_path: Path
+    target: Target = "transformers"
+    quantization: Quantization | None = None
+    python: Path = Field(description="Interpreter that serves it.")
+    device: str = "auto"
+    dtype: str = "auto"
+    port: int | None = Field(default=None, description="Port of the backend, always on 127.0.0.1.")
+    process: ProcessReference | None = None
+    log: Path
+    state: DeploymentState = "starting"
+    created_at: datetime
+    switched_at: datetime | None = Field(default=None, description="When the endpoint was last switched to it.")
+    verification: Verification | None = None
+    failure: str | None = None
+
+
+class Gateway(_Record):
+    """The process that listens on the endpoint's address; the port is kept for good."""
+
+    host: str
+    port: int = Field(ge=1, le=65535)
+    process: ProcessReference | None = None
+    log: Path
+
+
+class Endpoint(_Record):
+    """A stable address with a name, its current deployment and its history (oldest first)."""
+
+    name: EndpointName
+    gateway: Gateway | None = None
+    deployments: list[Deployment] = Field(default_factory=list)
+    current: ModelName | None = Field(default=None, description="Deployed model that answers; None: undeployed.")
+    api_key_sha256: str | None = None
+
+    @property
+    def address(self) -> str | None:
+        """Base URL for an OpenAI client, e.g. `http://127.0.0.1:8100/v1`."""
+        if self.gateway is None:
+            return None
+        host = self.gateway.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.gateway.port}/v1"
+
+    def deployment(self, model: str | None) -> Deployment | None:
+        """The deployment of this deployed model name, or None."""
+        return next((each for each in self.deployments if each.model == model), None)
+
+    @property
+    def current_deployment(self) -> Deployment | None:
+        """The deployment that answers now, or None after `undeploy`."""
+        return self.deployment(self.current)
+
+
+class EndpointStatus(BaseModel):
+    """An endpoint as it is at this moment."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str
+    address: str | None
+    current: str | None
+    state: Literal["up", "gateway down", "model down", "down", "undeployed"]
+    api_key_required: bool
+    history: list[str] = Field(description="Deployed models that were once current, oldest first.")

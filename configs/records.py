@@ -1,0 +1,74 @@
+"""What Tuneline keeps of trains and models: small, typed, readable files."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from configs.train import TrainConfig
+
+TrainStatus = Literal["running", "completed", "failed", "cancelled"]
+ModelStage = Literal["base", "trained", "customized", "complete"]
+
+
+def now() -> datetime:
+    """The time a record is stamped with."""
+    return datetime.now(UTC)
+
+
+class ModelRecord(BaseModel):
+    """A model: where its weights lie, what it is and where it comes from. Kept as `tuneline.json` beside them.
+
+    `trained` is the product of full-parameter training before it is saved as a complete model; it is in no registry.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    stage: ModelStage
+    path: Path
+    line: str = Field(description="The registered model in MLflow whose versions succeed each other.")
+    base: str = Field(description="Name of the base model it started from.")
+    base_path: Path = Field(description="Folder of that base model.")
+    method: str = "sft"
+    adapter: bool = Field(default=False, description="Whether `path` holds an adapter on top of the base.")
+    dtype: str = "auto"
+    parent: str | None = Field(default=None, description="Name of the model it was made from.")
+    train: str | None = Field(default=None, description="Id of the train it came out of.")
+    run_id: str | None = Field(default=None, description="MLflow run of that train.")
+    dataset: str | None = None
+    created: datetime = Field(default_factory=now)
+    registered_version: str | None = None
+    evaluation: dict[str, float] = Field(default_factory=dict)
+    verification: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainRecord(BaseModel):
+    """One train on its way: everything that a rerun needs to pick it up. Kept as `train.json` in its folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    config: TrainConfig
+    origins: dict[str, str] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+    status: TrainStatus = "running"
+    reason: str | None = Field(default=None, description="Why it failed or was cancelled.")
+    created: datetime = Field(default_factory=now)
+    ended: datetime | None = None
+    attempts: int = 1
+    run_id: str = Field(description="MLflow run.")
+    flow_run_id: str | None = Field(default=None, description="Prefect flow run of the newest attempt.")
+    base: str | None = Field(default=None, description="Name of the base model.")
+    base_path: Path | None = None
+    dataset: str | None = None
+    validation_dataset: str | None = None
+    evaluation_dataset: str | None = None
+    model: str | None = Field(default=None, description="Name of the newest model it made.")
+    evaluation: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="Scores in percent, by `base` and `tuned`."
+    )
+    outcome: dict[str, float] = Field(default_factory=dict, description="Steps, seconds and mean loss.")

@@ -1,0 +1,521 @@
+"""From a file, a preset, a copied train and the command line to one checked configuration.
+
+Every value keeps its origin.
+
+Precedence, the last one wins: default, preset, copied train, file, command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from configs.aliases import (
+    SPELLINGS,
+    canonical_name,
+    canonical_switch,
+    canonical_value,
+    ignored_reason,
+    nearest,
+    spelling_key,
+    spelling_table,
+)
+from configs.errors import UserError
+from configs.reference import fields_of, is_typical, limits_of, typical_of, typical_text
+from configs.strict_yaml import YamlFile, parse_scalar, read_yaml
+from configs.train import Hyperparameters, TrainConfig, effective_through
+from configs.validation_errors import Place, Problem, dotted, one_error, problems_of
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+
+_TRAIN_FIELDS = fields_of(TrainConfig)
+_HYPER_FIELDS = fields_of(Hyperparameters)
+_TABLE = spelling_table([*_TRAIN_FIELDS, *_HYPER_FIELDS, "preset"])
+_EXPECTED = {name: limits_of(schema) for name, schema in _TRAIN_FIELDS.items()} | {
+    f"hyperparameters.{name}": limits_of(schema) for name, schema in _HYPER_FIELDS.items()
+}
+_IMPOSSIBLE = "this value is impossible"
+_GROUPS = ("hyperparameters", "method_params")
+_PATH_FIELDS = ("dataset", "validation_dataset", "evaluation_dataset", "base_model")
+
+
+class ResolvedTrain(BaseModel):
+    """A checked configuration, where each value (by dotted name) came from, and what is worth telling."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: TrainConfig
+    origins: dict[str, str]
+    warnings: list[str] = []
+
+
+class Preset(BaseModel):
+    """A file of `configs/presets`: documented values for a situation, and the document."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str
+    source: str
+    spellings: list[str] = []
+    documented_for: str | None = None
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One value as somebody gave it; `name` is dotted and canonical."""
+
+    name: str
+    value: Any
+    place: Place
+
+
+@dataclass
+class _Notes:
+    """What is found on the way, so that all of it is told at once."""
+
+    warnings: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+_Layer = dict[str, _Given]
+_Keys = tuple[str, ...]
+_Items = Iterable[tuple[_Keys, Any, Place]]
+
+
+def load_train_file(path: Path) -> dict[str, Any]:
+    """The parameters of a train file as they were written (`strict_yaml.read_yaml` says what is refused)."""
+    return read_yaml(path).values
+
+
+def list_presets() -> dict[str, Preset]:
+    """All presets by name."""
+    return {path.stem: _read_preset(path)[0] for path in _preset_files()}
+
+
+def resolve_train(
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    copied: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    *,
+    copied_from: str | None = None,
+) -> ResolvedTrain:
+    """One checked configuration of a train.
+
+    `overrides` are `name=value`, the value read as YAML. `copied` is the configuration of an earlier train;
+    origins call it `copied_from`, else by its name. `preset` wins over one named in the file.
+    Raises UserError that lists every problem found.
+    """
+    notes = _Notes()
+    file_layer = _file_layer(read_yaml(file), notes) if file is not None else {}
+    copied_layer = _copied_layer(copied, copied_from, notes) if copied is not None else {}
+    override_layer = _override_layer(overrides, notes)
+    given_preset = _chosen_preset(preset, override_layer, file_layer, copied_layer)
+    preset_layer = _preset_layer(given_preset, notes) if given_preset is not None else {}
+
+    merged = _resolve_paths({**preset_layer, **copied_layer, **file_layer, **override_layer}, file)
+    config = _checked(merged, file, notes.problems)
+    origins = _origins(config, merged)
+    warnings = [
+        *notes.warnings,
+        *_hidden_preset(preset_layer, copied_layer, merged),
+        *_all_warnings(config, merged, given_preset),
+    ]
+    return ResolvedTrain(config=config, origins=origins, warnings=warnings)
+
+
+def effective(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as a nested dict with derived values spelled out: `lora_alpha` and `through`."""
+    values = config.model_dump(mode="json")
+    values["through"] = effective_through(config)
+    hyper = values["hyperparameters"]
+    if hyper["lora_alpha"] is None:
+        hyper["lora_alpha"] = 2 * hyper["lora_rank"]
+    return values
+
+
+def describe(resolved: ResolvedTrain) -> list[tuple[str, str, str]]:
+    """(dotted name, value, origin) of every value, for printing; a derived value names its source."""
+    rows = []
+    before = dotted(resolved.config.model_dump(mode="json"))
+    derived = {"through": "derived from tuning", "hyperparameters.lora_alpha": "derived: 2 × lora_rank"}
+    for name, value in dotted(effective(resolved.config)).items():
+        origin = resolved.origins.get(name) or _parent_origin(name, resolved.origins)
+        if value != before[name]:
+            origin = derived[name]
+        rows.append((name, _shown(value), origin))
+    return rows
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _parent_origin(name: str, origins: Mapping[str, str]) -> str:
+    # A mapping inside method_params has one origin: that of the parameter it is the value of.
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in origins:
+            return origins[name]
+    return DEFAULT
+
+
+# Layers
+
+
+def _file_layer(source: YamlFile, notes: _Notes) -> _Layer:
+    def place(keys: _Keys) -> Place:
+        line = source.lines.get(keys)
+        return Place(".".join(keys), f"file {source.path}:{line}", source.path, line)
+
+    return _collect(_walk(source.values, place), notes)
+
+
+def _copied_layer(copied: Mapping[str, Any], copied_from: str | None, notes: _Notes) -> _Layer:
+    train = copied_from or str(copied.get("name", "a train"))
+
+    def place(keys: _Keys) -> Place:
+        return Place(".".join(keys), f"copied from {train}")
+
+    return _collect(_walk(copied, place), notes)
+
+
+def _override_layer(overrides: Sequence[str], notes: _Notes) -> _Layer:
+    items: list[tuple[_Keys, Any, Place]] = []
+    for override in overrides:
+        spelling, equals, text = override.partition("=")
+        keys = tuple(part.strip() for part in spelling.split("."))
+        if not equals or not all(keys):
+            raise UserError(
+                "a value given on the command line has no `=` or no name",
+                field="--set",
+                value=override,
+                expected="name=value, such as learning_rate=5e-5",
+            )
+        group = canonical_name(keys[0], _TABLE)
+        if len(keys) > 1 and group is not None and group in _GROUPS:
+            keys = (group, *keys[1:])
+        items.append((keys, text.strip(), Place(spelling.strip(), COMMAND_LINE)))
+    layer = _collect(items, notes)
+    return {name: replace(given, value=_typed(name, given.value)) for name, given in layer.items()}
+
+
+def _typed(name: str, text: Any) -> Any:
+    """The value of a command-line text. A text field keeps it: `007` stays 007, `fix #3` keeps its `#3`."""
+    if not isinstance(text, str):
+        return text
+    if not _is_text_field(name):
+        return canonical_value(name.rpartition(".")[2], parse_scalar(text))
+    if text in ("null", "~", "") and _TRAIN_FIELDS[name].get("default") is None:
+        return None
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return parse_scalar(text) if quoted else text
+
+
+def _is_text_field(name: str) -> bool:
+    schema = _TRAIN_FIELDS.get(name, {})
+    kinds = [schema, *schema.get("anyOf", [])]
+    return any(kind.get("type") == "string" for kind in kinds)
+
+
+def _preset_layer(given: _Given, notes: _Notes) -> _Layer:
+    name, preset, source = _find_preset(given)
+
+    def place(keys: _Keys) -> Place:
+        return Place(".".join(keys), f"preset {name}", source.path, source.lines.get(("values", *keys)))
+
+    return _collect(_walk(preset.values, place), notes)
+
+
+def _walk(values: Mapping[str, Any], place: Callable[[_Keys], Place]) -> _Items:
+    """The items of a mapping, with `hyperparameters:` and `method_params:` opened one level."""
+    for key, value in values.items():
+        group = canonical_name(key, _TABLE)
+        if group is None or group not in _GROUPS:
+            yield (key,), value, place((key,))
+        elif isinstance(value, Mapping):
+            for inner, inner_value in value.items():
+                yield (group, str(inner)), inner_value, place((key, str(inner)))
+        elif value is not None:
+            raise Problem(_IMPOSSIBLE, key, place((key,)), value, "`name: value` pairs").as_error(None)
+
+
+def _collect(items: _Items, notes: _Notes) -> _Layer:
+    """Items under their canonical names; refuses unknown names and two spellings that disagree."""
+    layer: _Layer = {}
+    for keys, value, place in items:
+        reason = ignored_reason(keys[-1])
+        if reason is not None and keys[0] != "method_params":
+            notes.warnings.append(f"{place}: has no effect; {reason}")
+            continue
+        name = _canonical(keys)
+        if name is None:
+            notes.problems.append(_unknown(keys, place, value))
+            continue
+        given = _Given(name, _plain(name, value), place)
+        earlier = layer.get(name)
+        if earlier is not None and not _same(earlier, given):
+            notes.problems.append(_disagreement(earlier, given))
+            continue
+        layer.setdefault(name, given)
+    return layer
+
+
+def _same(one: _Given, other: _Given) -> bool:
+    values = []
+    for item in (one, other):
+        value = item.value
+        if isinstance(value, str) and not _is_text_field(item.name):
+            value = parse_scalar(value)
+        values.append(value)
+    return bool(values[0] == values[1])
+
+
+def _plain(name: str, value: Any) -> Any:
+    group, _, last = name.rpartition(".")
+    if group == "method_params":
+        return value
+    schema = _HYPER_FIELDS.get(last) if group else _TRAIN_FIELDS.get(last)
+    if schema is not None and schema.get("type") == "boolean":
+        return canonical_switch(value)
+    return canonical_value(last, value)
+
+
+def _canonical(keys: _Keys) -> str | None:
+    """The dotted canonical name of a key path, or None if there is no such parameter."""
+    if keys[0] == "method_params":
+        return ".".join(keys) if len(keys) > 1 else None
+    if len(keys) > 2 or (len(keys) == 2 and keys[0] != "hyperparameters"):
+        return None
+    name = canonical_name(keys[-1], _TABLE)
+    if name in _HYPER_FIELDS:
+        return f"hyperparameters.{name}"
+    return name if len(keys) == 1 and name not in (None, "hyperparameters", "method_params") else None
+
+
+def _unknown(keys: _Keys, place: Place, value: object) -> Problem:
+    names = [*_TRAIN_FIELDS, *_HYPER_FIELDS, "preset"]
+    spellings = [*names, *(spelling for name in names for spelling in SPELLINGS.get(name, ()))]
+    found = list(dict.fromkeys(_TABLE[spelling_key(item)] for item in nearest(keys[-1], spellings)))
+    mend = f"did you mean {' or '.join(found)}?" if found else "a parameter of the method goes under method_params"
+    if len(keys) == 2 and canonical_name(keys[-1], _TABLE) in _TRAIN_FIELDS:
+        mend = f"move {keys[-1]} out of {keys[0]}, to the top level"
+    if len(keys) == 1 and canonical_name(keys[0], _TABLE) in _GROUPS:
+        mend = f"set its values one by one: {keys[0]}.NAME=value"
+    return Problem("there is no such parameter", place.spelling, place, value, mend=mend)
+
+
+def _disagreement(one: _Given, other: _Given) -> Problem:
+    problem = f"{one.place} = {one.value!r} and {other.place} = {other.value!r} are one parameter with two values"
+    return Problem(problem, one.name, other.place, mend="keep one of the two")
+
+
+# Presets
+
+
+def _chosen_preset(name: str | None, *layers: _Layer) -> _Given | None:
+    """The preset that counts, the argument before the layers; it is taken out of all of them."""
+    found = [layer.pop("preset") for layer in layers if "preset" in layer]
+    if name is not None:
+        found.insert(0, _Given("preset", name, Place("preset", COMMAND_LINE)))
+    return next((given for given in found if given.value is not None), None)
+
+
+def _find_preset(given: _Given) -> tuple[str, Preset, YamlFile]:
+    wanted = spelling_key(str(given.value))
+    spellings = []
+    for path in _preset_files():
+        preset, source = _read_preset(path)
+        if wanted in {spelling_key(item) for item in (path.stem, *preset.spellings)}:
+            return path.stem, preset, source
+        spellings.append(path.stem)
+    close = nearest(str(given.value), spellings)
+    raise Problem(
+        "there is no such preset",
+        "preset",
+        given.place,
+        given.value,
+        "one of " + ", ".join(spellings),
+        f"did you mean {' or '.join(close)}?" if close else None,
+    ).as_error(None)
+
+
+def _read_preset(path: Path) -> tuple[Preset, YamlFile]:
+    source = read_yaml(path)
+    try:
+        return Preset.model_validate(source.values), source
+    except ValidationError as error:
+        places = {name: Place(name, f"file {path}", path, source.lines.get((name,))) for name in source.values}
+        raise one_error(problems_of(error.errors(), places, {}), path) from error
+
+
+def _hidden_preset(preset: _Layer, copied: _Layer, merged: _Layer) -> list[str]:
+    hidden = [name for name in preset if name in copied and merged[name].place is copied[name].place]
+    differing = [name for name in hidden if preset[name].value != copied[name].value]
+    if not differing:
+        return []
+    names = ", ".join(name.rpartition(".")[2] for name in differing)
+    return [f"the {preset[differing[0]].place.origin} does not change copied values ({names}); set them by name"]
+
+
+def _preset_files() -> list[Path]:
+    return sorted(PRESETS.glob("*.yaml"), key=lambda path: path.stem)
+
+
+# Checking
+
+
+def _resolve_paths(merged: _Layer, file: Path | None) -> _Layer:
+    """An existing file (a model folder) becomes an absolute path; anything else stays a registered name."""
+    resolved = dict(merged)
+    for name in _PATH_FIELDS:
+        given = merged.get(name)
+        if given is None or not isinstance(given.value, str) or not given.value:
+            continue
+        from_file = file is not None and given.place.file is not None
+        folders = [file.parent] if from_file and file is not None else []
+        found = _existing(given.value, [*folders, Path()], is_model=name == "base_model")
+        if found is not None:
+            resolved[name] = replace(given, value=str(found))
+    return resolved
+
+
+def _existing(text: str, folders: Sequence[Path], is_model: bool) -> Path | None:
+    try:
+        written = Path(text).expanduser()
+        for folder in folders:
+            path = Path(os.path.abspath(folder / written))  # noqa: PTH100 - resolve() would follow links
+            if (path / "config.json").is_file() if is_model else path.is_file():
+                return path
+    except (OSError, RuntimeError, ValueError):
+        # Too long a name, a NUL, no home for `~user`: not a path on this machine, so a name.
+        return None
+    return None
+
+
+def _checked(merged: _Layer, file: Path | None, problems: list[Problem]) -> TrainConfig:
+    """The configuration; raises what was found before together with what the models find."""
+    values: dict[str, Any] = {}
+    for given in merged.values():
+        _put(values, given)
+    places = {name: given.place for name, given in merged.items()}
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise one_error([*problems, *problems_of(error.errors(), places, _EXPECTED)], file) from error
+    if problems:
+        raise one_error(problems, file)
+    return config
+
+
+def _put(values: dict[str, Any], given: _Given) -> None:
+    """Set a nested value by its dotted name. Mappings are copied: they belong to whoever gave them."""
+    *groups, last = given.name.split(".")
+    for group in groups:
+        inner = values.get(group, {})
+        if not isinstance(inner, Mapping):
+            problem = f"`{group}` is one value, there is nothing inside of it to set"
+            raise Problem(problem, given.name, given.place, given.value).as_error(None)
+        values[group] = dict(inner)
+        values = values[group]
+    values[last] = given.value
+
+
+def _origins(config: TrainConfig, merged: _Layer) -> dict[str, str]:
+    names = [name for name in _TRAIN_FIELDS if name not in ("hyperparameters", "method_params")]
+    names += [f"hyperparameters.{name}" for name in _HYPER_FIELDS]
+    names += [f"method_params.{name}" for name in config.method_params]
+    origins = {}
+    for name in names:
+        inside = [given for key, given in merged.items() if key == name or key.startswith(f"{name}.")]
+        origins[name] = inside[-1].place.origin if inside else DEFAULT
+    return origins
+
+
+# Warnings
+
+
+def _all_warnings(config: TrainConfig, merged: _Layer, preset: _Given | None) -> list[str]:
+    return [
+        *_untypical(config, merged),
+        *_overridden(config, merged),
+        *_without_effect(config, merged),
+        *_preset_mismatch(config, preset),
+    ]
+
+
+def _untypical(config: TrainConfig, merged: _Layer) -> list[str]:
+    """A default was chosen with care: only a value that somebody gave is compared."""
+    found = []
+    for name, schema in _HYPER_FIELDS.items():
+        typical = typical_of(schema)
+        given = merged.get(f"hyperparameters.{name}")
+        value = getattr(config.hyperparameters, name)
+        if typical is None or given is None or value is None:
+            continue
+        if value != Hyperparameters.model_fields[name].default and not is_typical(value, typical):
+            found.append(
+                f"{name} = {value:g} is outside of the typical range {typical_text(typical)} "
+                f"({typical['source']}); from {given.place.origin}"
+            )
+    return found
+
+
+def _overridden(config: TrainConfig, merged: _Layer) -> list[str]:
+    found = []
+    for winner, loser in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
+        value = getattr(config.hyperparameters, winner)
+        strong, weak = (merged.get(f"hyperparameters.{name}") for name in (winner, loser))
+        if value is not None and strong is not None and weak is not None:
+            found.append(
+                f"{winner} = {value} ({strong.place.origin}) overrides {loser} = "
+                f"{getattr(config.hyperparameters, loser):g} ({weak.place.origin})"
+            )
+    return found
+
+
+def _without_effect(config: TrainConfig, merged: _Layer) -> list[str]:
+    hyper = config.hyperparameters
+
+    def given(name: str) -> bool:
+        if f"hyperparameters.{name}" not in merged:
+            return False
+        return bool(getattr(hyper, name) != Hyperparameters.model_fields[name].default)
+
+    found = []
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+        if hyper.tuning == "full" and given(name):
+            found.append(f"{name} has no effect: tuning is full, there is no adapter")
+    if hyper.lr_scheduler.startswith("constant") and given("lr_decay_ratio"):
+        found.append(f"lr_decay_ratio has no effect: the {hyper.lr_scheduler} schedule does not fall")
+    if hyper.lr_scheduler == "constant" and (given("warmup_steps") or given("warmup_ratio")):
+        found.append("warm-up has no effect: the constant schedule has none (use constant_with_warmup)")
+    if given("evaluation_steps") and config.validation_dataset is None and config.validation_split is None:
+        found.append("evaluation_steps has no effect: neither validation_dataset nor validation_split is given")
+    if hyper.max_steps is not None and hyper.warmup_steps is not None and hyper.warmup_steps >= hyper.max_steps:
+        found.append(f"warmup_steps ({hyper.warmup_steps}) never ends within max_steps ({hyper.max_steps})")
+    return found
+
+
+def _preset_mismatch(config: TrainConfig, given: _Given | None) -> list[str]:
+    if given is None:
+        return []
+    name, preset, _ = _find_preset(given)
+    tuning = config.hyperparameters.tuning
+    if preset.documented_for in (None, tuning):
+        return []
+    return [f"preset {name} is documented for tuning {preset.documented_for}, this train's tuning is {tuning}"]

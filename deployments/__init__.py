@@ -1,0 +1,1 @@
+"""Everything that starts, joins or describes the servers Tuneline runs on."""

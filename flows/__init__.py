@@ -1,0 +1,1 @@
+"""One file a lifecycle path, and the command line."""

@@ -1,0 +1,32 @@
+"""Runs a flow from a train file with no server at all: `python -m flows.customized TRAIN.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.resolve import resolve_train
+from configs.settings import load_settings
+from deployments.services import connect
+
+
+def run_flow_file(flow: Any) -> None:
+    """Run `flow` with the train file, or the `--model`, of the command line; exit code 0 only if it worked."""
+    connect(load_settings())
+    parser = argparse.ArgumentParser(description=flow.fn.__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help="YAML file of a train")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter")
+    parser.add_argument("--model", help="start from this model instead of from a train")
+    given = parser.parse_args()
+    try:
+        if given.model is not None:
+            result = flow(model=given.model)
+        else:
+            resolved = resolve_train(given.file, given.set)
+            result = flow(train=resolved.config, origins=resolved.origins)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(result.model_dump_json(indent=2))

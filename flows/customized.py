@@ -1,0 +1,41 @@
+"""The lifecycle path base → customized: an adapter on top of a base model.
+
+Run as: python -m flows.customized TRAIN.yaml
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from configs.records import ModelRecord, TrainRecord
+from configs.train import TrainConfig
+from tasks import lifecycle
+
+
+def train_from_base(record: TrainRecord) -> ModelRecord:
+    """Train and register; full-parameter training gives weights that are still to be saved."""
+    record = lifecycle.fetch_base(record)
+    record = lifecycle.prepare_datasets(record)
+    record = lifecycle.evaluate_base(record)
+    record = lifecycle.train_model(record)
+    if record.config.hyperparameters.tuning == "full":
+        return lifecycle.trained_model(record)
+    model = lifecycle.register_customized(record)
+    lifecycle.evaluate_tuned(record, model)
+    return model
+
+
+@flow(name="customized")
+def customized(
+    train: TrainConfig | None = None, origins: dict[str, str] | None = None, resume: str | None = None
+) -> ModelRecord:
+    """Train an adapter from its configuration, or take up the train `resume`; returns the customized model."""
+    record = lifecycle.open_train(train, origins, resume)
+    with lifecycle.closing(record.id):
+        return train_from_base(record)
+
+
+if __name__ == "__main__":
+    from flows.command import run_flow_file
+
+    run_flow_file(customized)

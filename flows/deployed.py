@@ -1,0 +1,40 @@
+"""The lifecycle paths to a deployed model: from a train, or from a base, customized or complete model.
+
+Run as: python -m flows.deployed TRAIN.yaml   or   python -m flows.deployed --model MODEL
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from configs.endpoints import Endpoint
+from configs.records import ModelRecord
+from configs.train import TrainConfig
+from flows.complete import train_to_complete
+from tasks import lifecycle
+
+
+@flow(name="deployed")
+def deployed(
+    train: TrainConfig | None = None,
+    origins: dict[str, str] | None = None,
+    resume: str | None = None,
+    model: str | None = None,
+    endpoint: str | None = None,
+    target: str = "transformers",
+    quantization: str | None = None,
+    port: int | None = None,
+) -> Endpoint:
+    """Serve `model`, or the complete model of a train, at an endpoint; returns the endpoint."""
+    if model is not None:
+        return lifecycle.deploy_model(lifecycle.find_model(model), endpoint, target, quantization, port)
+    record = lifecycle.open_train(train, origins, resume)
+    with lifecycle.closing(record.id):
+        made: ModelRecord = train_to_complete(record)
+        return lifecycle.deploy_model(made, endpoint or record.config.endpoint, target, quantization, port)
+
+
+if __name__ == "__main__":
+    from flows.command import run_flow_file
+
+    run_flow_file(deployed)

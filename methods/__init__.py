@@ -1,0 +1,1 @@
+"""The training methods, one folder each, and what they share: contract, supervisor, registry, toolkit."""

@@ -1,0 +1,142 @@
+"""Supervised fine-tuning: full-parameter, LoRA, or LoRA on a 4-bit base, with trl's SFTTrainer.
+
+Run as: python training.py JOB_DIR
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from trl import SFTConfig, SFTTrainer
+
+from methods import contract
+from methods.toolkit import chat, memory, models, probing, tokenizing, training
+
+
+class Trainer(training.Repeatable, SFTTrainer):
+    """trl's trainer with a repeatable order of rows and a schedule with a floor."""
+
+
+def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]:
+    """Tokenise the training and validation rows and report what was kept and cut."""
+    p = job.parameters
+    limits = tokenizing.Limits(p["max_seq_length"], p["max_input_length"], p["max_content_length"], p["over_length"])
+    rows, report = tokenizing.tokenise(tokenizer, Path(job.inputs["train_rows"]), limits, p["max_samples"])
+    reports = {"train": report.as_dict()}
+    validation = None
+    if job.inputs.get("validation_rows"):
+        validation, validation_report = tokenizing.tokenise(tokenizer, Path(job.inputs["validation_rows"]), limits, -1)
+        reports["validation"] = validation_report.as_dict()
+    _report_rows(job, reports)
+    return rows, validation
+
+
+def prepare_model(job: contract.Job) -> Any:
+    """Load the base model and put what is trained on top of it."""
+    p = job.parameters
+    model = models.load_model(job.inputs["base_model"], p["dtype"], load_in_4bit=p["load_in_4bit"])
+    model.config.use_cache = False
+    if p["tuning"] == "full":
+        return model
+    if p["load_in_4bit"]:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=p["gradient_checkpointing"])
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=p["lora_rank"],
+        lora_alpha=p["lora_alpha"],
+        lora_dropout=p["lora_dropout"],
+        target_modules=p["lora_targets"],
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise contract.Refused(f"lora_targets {p['lora_targets']!r} do not fit this model: {error}") from error
+
+
+def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, validation: Any | None) -> Trainer:
+    """Put model, rows and arguments together and refuse or warn before the first step."""
+    arguments = SFTConfig(
+        **training.training_arguments(job, has_validation=validation is not None),
+        max_length=None,  # rows are already limited, and what was cut is counted
+    )
+    events = training.EventWriter(job)
+    samples = probing.SampleWriter(job, tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[events, training.CheckpointKeeper(job), *([samples] if validation is not None else [])],
+    )
+    trainer.job = job
+    trainer.lengths = list(rows["length"])
+    events.trainer = trainer
+    _report_memory(job, model, max(rows["length"]))
+    return trainer
+
+
+def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
+    """Save the adapter (or the full weights), the tokenizer and the probe prompts."""
+    trainer.model.save_pretrained(job.output)
+    tokenizer.save_pretrained(job.output)
+    messages = (m for _, m in tokenizing.read_messages(Path(job.inputs["train_rows"]), -1))
+    probing.write_probes(job.output, tokenizer, list(islice(messages, probing.PROBE_ROWS)))
+    return {"model": str(job.output), "adapter": job.parameters["tuning"] != "full", **outcome}
+
+
+def main(job: contract.Job) -> dict[str, object]:
+    """Train from the job folder; returns where the product lies and how it went."""
+    job.phase("reading the data")
+    tokenizer, added = chat.load_tokenizer(job.inputs["base_model"])
+    for text in added:
+        job.warning(text)
+    rows, validation = prepare_data(job, tokenizer)
+    job.phase("loading the model")
+    model = prepare_model(job)
+    trainer = build_trainer(job, model, tokenizer, rows, validation)
+    job.phase("training")
+    outcome = training.run_training(trainer, job)
+    job.phase("saving")
+    return save(job, trainer, tokenizer, outcome)
+
+
+def _report_rows(job: contract.Job, reports: dict[str, dict[str, Any]]) -> None:
+    path = job.folder / "rows.json"
+    contract.write_json(path, reports)
+    job.artifact(path)
+    for split, report in reports.items():
+        lost = report["read"] - report["kept"]
+        print(
+            f"{split}: {report['kept']} of {report['read']} rows, {report['tokens']} tokens, "
+            f"{report['supervised_share']:.1%} of them trained, longest row {report['longest']}",
+            flush=True,
+        )
+        if lost or report["truncated"]:
+            notes = "; ".join(report["notes"][:3])
+            job.warning(f"{split}: {lost} rows left out, {report['truncated']} cut ({notes})")
+
+
+def _report_memory(job: contract.Job, model: Any, longest: int) -> None:
+    counts = models.parameter_counts(model)
+    needed = memory.estimate_gib(model.config, counts["total"], counts["trainable"], longest, job.parameters)
+    free = memory.available_gib()
+    contract.write_json(
+        job.folder / "preflight.json",
+        {**counts, "estimated_memory_gib": needed, "available_memory_gib": free},
+    )
+    job.artifact(job.folder / "preflight.json")
+    share = counts["trainable"] / counts["total"]
+    print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({share:.2%})", flush=True)
+    if free is not None and needed > free:
+        job.warning(
+            f"this train may need {needed:.1f} GiB and {free:.1f} GiB are free: lower batch_size (raise "
+            "grad_accum_steps), lower max_seq_length, or switch gradient_checkpointing on"
+        )
+
+
+if __name__ == "__main__":
+    contract.run(main)

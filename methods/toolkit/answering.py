@@ -1,0 +1,49 @@
+"""Answers the requests of an inference job, one result line a request."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from methods import contract
+from methods.toolkit.chat import render_prompt
+from methods.toolkit.generating import Sampling, generate
+
+
+def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, object]:
+    """Answer `inputs.requests` (JSON lines with `messages`) into `predictions.jsonl` of the job's output folder.
+
+    Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`. Returns the path, counts, seconds.
+    """
+    requests = [json.loads(line) for line in Path(job.inputs["requests"]).read_text(encoding="utf-8").splitlines()]
+    prompts = [render_prompt(tokenizer, request["messages"]) for request in requests]
+    p = job.parameters
+    sampling = Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
+    started = time.monotonic()
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        sampling,
+        batch_size=p["batch_size"],
+        on_progress=lambda done: job.progress(done, len(prompts)),
+    )
+    path = job.output / "predictions.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            row = {
+                "answer": answer.text,
+                "tokens": answer.tokens,
+                "hit_limit": answer.hit_limit,
+                "prompt_token_ids": prompt,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return {
+        "predictions": str(path),
+        "rows": len(answers),
+        "hit_limit": sum(answer.hit_limit for answer in answers),
+        "tokens": sum(answer.tokens for answer in answers),
+        "seconds": time.monotonic() - started,
+    }

@@ -1,0 +1,121 @@
+"""Makes a self-contained model of base and adapter, and proves that it is one."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods.contract import Refused
+from methods.toolkit import models, probing
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Greatest allowed difference of logits, relative to their largest value, by the dtype the weights are saved in:
+a few thousand roundings of half a unit in the last place (2^-24, 2^-9, 2^-12) add up to less in every model tried."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far apart the logits of the probe prompts are (largest absolute difference; `scale`: largest logit)."""
+
+    merged_to_reference: float
+    merged_to_base: float
+    reference_to_base: float
+    scale: float
+    tolerance: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, float]:
+        """All figures by name."""
+        return asdict(self)
+
+
+def saving_dtype(base: str, wanted: str) -> str:
+    """The dtype complete weights are saved in: the one asked for, or with `auto` the base model's own."""
+    from transformers import AutoConfig
+
+    if wanted != "auto":
+        return wanted
+    own = AutoConfig.from_pretrained(base).dtype
+    return str(own or torch.float32).removeprefix("torch.")
+
+
+def merge(base: str, adapter: str, output: Path, dtype: str) -> None:
+    """Load the base unquantised, add the adapter to its weights, save as safetensors in `dtype`.
+
+    Never into a quantised base: rounding the sum to 4 bits would lose the fine-tune (peft issue 2321).
+    """
+    model = models.load_with_adapter(base, adapter, "float32")
+    merged = model.merge_and_unload(safe_merge=True)
+    save_weights(merged, output, dtype)
+
+
+def save_weights(model: Any, output: Path, dtype: str) -> None:
+    """Save a whole model as safetensors in `dtype`, its configuration saying so."""
+    model = model.to(getattr(torch, dtype))
+    model.config.use_cache = True
+    model.save_pretrained(output, max_shard_size="5GB")
+
+
+def verify(
+    base: str, adapter: str | None, trained: str | None, saved: Path, prompts: list[list[int]], dtype: str
+) -> Verification:
+    """Prove that the saved model is what was trained, and is not the base.
+
+    The reference is base + adapter, or for full-parameter training the folder `trained`. Each model is loaded on
+    its own, in float32. Raises Refused with the figures if the saved one differs from the reference by more than
+    its dtype explains, or if it is nearer to the base than to the reference.
+    """
+    reference = _logits(lambda: models.load_with_adapter(trained or base, adapter, "float32"), prompts)
+    merged = _logits(lambda: models.load_with_adapter(str(saved), None, "float32"), prompts)
+    untouched = _logits(lambda: models.load_with_adapter(base, None, "float32"), prompts)
+    scale = max(float(row.abs().max()) for row in reference)
+    result = Verification(
+        merged_to_reference=_distance(merged, reference),
+        merged_to_base=_distance(merged, untouched),
+        reference_to_base=_distance(reference, untouched),
+        scale=scale,
+        tolerance=TOLERANCE[dtype] * scale,
+        tokens=sum(len(prompt) for prompt in prompts),
+    )
+    _judge(result, dtype)
+    return result
+
+
+def probe_prompts(folder: Path) -> list[list[int]]:
+    """The probe prompts stored with a trained model, as token ids. Raises Refused if there are none."""
+    prompts: list[list[int]] = [probe["prompt_token_ids"] for probe in probing.read_probes(folder)]
+    if not prompts:
+        raise Refused(f"{folder} holds no {probing.PROBES_FILE}: the merged weights cannot be verified")
+    return prompts
+
+
+def _logits(load: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+    model = load()
+    with torch.inference_mode():
+        rows = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in prompts]
+    del model
+    gc.collect()
+    return rows
+
+
+def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+
+
+def _judge(result: Verification, dtype: str) -> None:
+    if result.merged_to_base == 0 or result.reference_to_base == 0:
+        raise Refused("the trained model gives the same logits as its base: training has changed nothing")
+    if result.merged_to_reference > result.tolerance:
+        raise Refused(
+            f"the saved weights are not the trained ones: logits differ by {result.merged_to_reference:.4g}, "
+            f"{dtype} explains at most {result.tolerance:.4g}"
+        )
+    if result.merged_to_reference > result.reference_to_base:
+        raise Refused(
+            f"rounding to {dtype} moves the logits by {result.merged_to_reference:.4g}, training moved them by "
+            f"{result.reference_to_base:.4g}: the fine-tune would be lost. Set dtype to float32 or train longer."
+        )

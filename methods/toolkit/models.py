@@ -1,0 +1,77 @@
+"""Loads base models and adapters, and says what they weigh."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from methods.contract import Refused
+
+
+def choose_dtype(name: str) -> Any:
+    """The torch dtype of a `dtype` parameter; `auto` is bfloat16 on hardware made for it, else float32."""
+    import torch
+
+    if name == "auto":
+        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
+    return getattr(torch, name)
+
+
+def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
+    """Load a causal language model from a folder or hub id, on the GPU where there is one.
+
+    Raises Refused if the model cannot be loaded as one (with what the library said).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    chosen = choose_dtype(dtype)
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=chosen,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=chosen,
+            quantization_config=quantization,
+            device_map={"": 0} if torch.cuda.is_available() else None,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise Refused(f"cannot load {path} as a causal language model: {error}") from error
+
+
+def load_with_adapter(base: str, adapter: str | None, dtype: str) -> Any:
+    """Load an unquantised base model, with the adapter on top of it if one is given, in evaluation mode."""
+    model = load_model(base, dtype)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()
+
+
+def parameter_counts(model: Any) -> dict[str, int]:
+    """Number of all and of trained parameters (4-bit weights counted as what they stand for)."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        trained, total = model.get_nb_trainable_parameters()
+        return {"trainable": trained, "total": total}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trainable": trained, "total": sum(p.numel() for p in model.parameters())}
+
+
+def relocate_adapter(adapter: Path, base: str) -> None:
+    """Name `base` in the adapter's own configuration, so that the folder loads wherever it is opened."""
+    path = adapter / "adapter_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = base
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")

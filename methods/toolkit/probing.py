@@ -1,0 +1,64 @@
+"""Prompts that go with a model so that later stages can prove they treat it as training did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from methods import contract
+from methods.toolkit import generating
+from methods.toolkit.chat import Message, render_prompt
+from methods.toolkit.tokenizing import read_messages
+
+PROBE_ROWS = 4
+PROBES_FILE = "probes.json"
+
+
+def write_probes(folder: Path, tokenizer: Any, conversations: list[list[Message]]) -> None:
+    """Store the prompt of each conversation and the token ids it was trained with."""
+    probes = [
+        {"messages": messages[:-1], "prompt_token_ids": render_prompt(tokenizer, messages[:-1])}
+        for messages in conversations
+    ]
+    contract.write_json(folder / PROBES_FILE, {"probes": probes})
+
+
+def read_probes(folder: Path) -> list[dict[str, Any]]:
+    """The probes stored with a model; empty for one that was not trained here."""
+    path = folder / PROBES_FILE
+    probes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["probes"] if path.exists() else []
+    return probes
+
+
+class SampleWriter(TrainerCallback):
+    """After each evaluation, answers the first `num_generations` validation prompts and keeps the answers."""
+
+    def __init__(self, job: contract.Job, tokenizer: Any) -> None:
+        self.job, self.tokenizer = job, tokenizer
+        rows = Path(job.inputs["validation_rows"]) if job.inputs.get("validation_rows") else None
+        wanted = job.parameters["num_generations"]
+        self.messages = [messages for _, messages in read_messages(rows, wanted)] if rows else []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        prompts = [render_prompt(self.tokenizer, messages[:-1]) for messages in self.messages]
+        sampling = generating.Sampling(max_new_tokens=self.job.parameters["max_new_tokens"])
+        training, cached = model.training, model.config.use_cache
+        model.eval()
+        model.config.use_cache = True
+        answers = generating.generate(model, self.tokenizer, prompts, sampling)
+        model.config.use_cache = cached
+        model.train(training)
+        path = self.job.folder / "samples.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            for messages, answer in zip(self.messages, answers, strict=True):
+                row = {
+                    "step": state.global_step,
+                    "prompt": messages[-2]["content"] if len(messages) > 1 else "",
+                    "reference": messages[-1]["content"],
+                    "answer": answer.text,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.job.artifact(path)

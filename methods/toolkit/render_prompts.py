@@ -1,0 +1,34 @@
+"""Program: the prompt tokens that a served folder's chat template makes of chat messages.
+
+`PYTHON render_prompts.py MODEL_FOLDER MESSAGES_JSON OUTPUT_JSON`. MESSAGES_JSON holds a list of
+conversations, OUTPUT_JSON gets a list of token id lists in the same order (a file, because libraries print to
+standard output).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Render every conversation the way `transformers serve` does: same loader, same arguments."""
+    from transformers import AutoProcessor
+
+    folder, messages_file, output = sys.argv[1:]
+    conversations = json.loads(Path(messages_file).read_text(encoding="utf-8"))
+    loader: Any = AutoProcessor
+    processor = loader.from_pretrained(folder)
+    rendered = [
+        processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        for messages in conversations
+    ]
+    Path(output).write_text(json.dumps([list(ids) for ids in rendered]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Program: `transformers serve`, ended with whoever started it until the endpoint's record keeps it.
+
+`PYTHON serve_model.py ENDPOINT_JSON MODEL [options of transformers serve]`, with the starter's pipe as
+standard input. Run by the interpreter that serves, which may hold nothing of Tuneline: standard library only,
+and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def is_kept(record: Path) -> bool:
+    """Whether the endpoint's record names this process as its gateway or as its current deployment."""
+    try:
+        endpoint = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    current = [each for each in endpoint["deployments"] if each["model"] == endpoint["current"]]
+    if not current:
+        return False
+    processes = [each["process"] for each in (*current, endpoint["gateway"]) if each]
+    return any(process and process["pid"] == os.getpid() for process in processes)
+
+
+def end_with_starter(record: Path) -> None:
+    """Watch standard input; when the starter closes it, normally or by dying, stay only if the record keeps
+    us.
+
+    The record is replaced atomically, so there is no moment at which a deploy is half switched: a starter
+    killed before the switch leaves nothing running, and one killed after it leaves the endpoint up.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            continue
+        try:
+            kept = is_kept(record)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{record} cannot be read, so this server ends: {error!r}", file=sys.stderr, flush=True)
+            kept = False
+        if not kept:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-starter", daemon=True).start()
+
+
+def main() -> None:
+    """Start the server named on the command line."""
+    record, *arguments = sys.argv[1:]
+    end_with_starter(Path(record))
+    from transformers.cli.transformers import app
+
+    sys.argv = ["transformers", "serve", *arguments]
+    app()
+
+
+if __name__ == "__main__":
+    main()

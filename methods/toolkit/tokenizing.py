@@ -1,0 +1,168 @@
+"""Makes the training rows: tokenised once, limited in length, counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from methods.contract import Refused
+from methods.toolkit.chat import Message, Rendered, render_conversation, render_prompt
+
+
+@dataclass
+class Limits:
+    """Length limits in tokens; None means no limit of its own."""
+
+    sequence: int
+    prompt: int | None
+    answer: int | None
+    over_length: str
+
+
+@dataclass
+class RowReport:
+    """What became of the rows, in numbers, for the preflight and the record."""
+
+    read: int = 0
+    kept: int = 0
+    dropped_over_length: int = 0
+    truncated: int = 0
+    without_supervised_token: int = 0
+    not_renderable: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    tokens_cut: int = 0
+    longest: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def supervised_share(self) -> float:
+        """Share of the kept tokens that the loss is taken on (0..1)."""
+        return self.supervised_tokens / self.tokens if self.tokens else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All counts and the supervised share."""
+        return {**asdict(self), "supervised_share": self.supervised_share}
+
+
+def read_messages(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:
+    """Yield (line in the source file, messages) of a stored dataset; at most `limit` rows, -1 for all."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if number == limit:
+                return
+            row = json.loads(line)
+            yield row["line"], row["messages"]
+
+
+def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tuple[Any, RowReport]:
+    """Tokenise a stored dataset.
+
+    Returns a `datasets.Dataset` with columns `input_ids`, `labels` and `length`, and what was kept and cut.
+    Raises Refused if a row is over a limit and `over_length` is `error`, or if no row is left to train on.
+    """
+    from datasets import Dataset
+
+    report = RowReport()
+    rows: list[dict[str, Any]] = []
+    for line, messages in read_messages(path, max_samples):
+        report.read += 1
+        rendered = _render(tokenizer, messages, line, limits, report)
+        if rendered is None:
+            continue
+        report.kept += 1
+        report.tokens += len(rendered.input_ids)
+        report.supervised_tokens += rendered.supervised
+        report.longest = max(report.longest, len(rendered.input_ids))
+        rows.append({"input_ids": rendered.input_ids, "labels": rendered.labels, "length": len(rendered.input_ids)})
+    _require_training_tokens(report, limits)
+    return Dataset.from_list(rows), report
+
+
+def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, report: RowReport) -> Rendered | None:
+    try:
+        rendered = render_conversation(tokenizer, messages)
+    except ValueError as error:
+        report.not_renderable += 1
+        _note(report, f"line {line}: {error}")
+        return None
+    excess = _excess(rendered, limits)
+    if excess:
+        if limits.over_length == "error":
+            raise Refused(f"line {line}: {excess}. Raise the limit, or set over_length to drop or truncate.")
+        if limits.over_length == "drop":
+            report.dropped_over_length += 1
+            _note(report, f"line {line} dropped: {excess}")
+            return None
+        full = len(rendered.input_ids)
+        rendered = _truncate(tokenizer, messages, rendered, limits)
+        report.truncated += 1
+        report.tokens_cut += full - len(rendered.input_ids)
+        _note(report, f"line {line} cut: {excess}")
+    if rendered.supervised == 0:
+        report.without_supervised_token += 1
+        _note(report, f"line {line} left out: no token of an answer is left to train on")
+        return None
+    return rendered
+
+
+def _excess(rendered: Rendered, limits: Limits) -> str | None:
+    total, prompt = len(rendered.input_ids), rendered.prompt_length
+    if total > limits.sequence:
+        return f"{total} tokens, max_seq_length is {limits.sequence}"
+    if limits.prompt is not None and prompt > limits.prompt:
+        return f"{prompt} tokens before the last answer, max_input_length is {limits.prompt}"
+    if limits.answer is not None and total - prompt > limits.answer:
+        return f"{total - prompt} tokens in the last answer, max_content_length is {limits.answer}"
+    return None
+
+
+def _truncate(tokenizer: Any, messages: list[Message], rendered: Rendered, limits: Limits) -> Rendered:
+    """Cut the last user message, then the last answer, until the row fits.
+
+    The text of the message is cut and rendered anew, so that the template's own tokens stay whole; a cut answer
+    loses its end token too, or the model would learn to stop in mid-sentence.
+    """
+    answer_length = len(rendered.input_ids) - rendered.prompt_length
+    answer_room = min(answer_length, limits.answer or answer_length, limits.sequence)
+    prompt_room = min(limits.prompt or limits.sequence, limits.sequence - min(answer_room, limits.sequence // 2))
+    if rendered.prompt_length > prompt_room:
+        messages = _shorten_question(tokenizer, messages, prompt_room)
+        rendered = render_conversation(tokenizer, messages)
+    end = min(limits.sequence, rendered.prompt_length + answer_room)
+    return Rendered(rendered.input_ids[:end], rendered.labels[:end], min(rendered.prompt_length, end))
+
+
+def _shorten_question(tokenizer: Any, messages: list[Message], room: int) -> list[Message]:
+    position = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if position is None:
+        return messages
+    ids = tokenizer(messages[position]["content"], add_special_tokens=False)["input_ids"]
+    keep = len(ids)
+    while keep > 0:
+        shorter = {"role": "user", "content": tokenizer.decode(ids[:keep], skip_special_tokens=False)}
+        candidate = [*messages[:position], shorter, *messages[position + 1 :]]
+        excess = len(render_prompt(tokenizer, candidate[:-1])) - room
+        if excess <= 0:
+            return candidate
+        keep -= max(1, excess)
+    return [*messages[:position], {"role": "user", "content": ""}, *messages[position + 1 :]]
+
+
+def _note(report: RowReport, text: str, most: int = 10) -> None:
+    if len(report.notes) < most:
+        report.notes.append(text)
+
+
+def _require_training_tokens(report: RowReport, limits: Limits) -> None:
+    if report.supervised_tokens:
+        return
+    reasons = "; ".join(report.notes[:3]) or "the dataset has no rows"
+    raise Refused(
+        f"nothing to train on: of {report.read} rows {report.dropped_over_length} are over a length limit, "
+        f"{report.without_supervised_token} have no answer token left, {report.not_renderable} cannot be rendered "
+        f"({reasons}). Raise max_seq_length (now {limits.sequence}) or look at the dataset report."
+    )

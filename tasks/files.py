@@ -1,0 +1,41 @@
+"""Records on disk: written whole or not at all, read with errors that name the file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import UserError
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Replace the file by the record, as JSON."""
+    write_text(path, record.model_dump_json(indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file by the text; a reader sees the old or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a record back. Raises UserError naming the file if it is not one."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise UserError(f"this is no {kind.__name__}: {error.errors()[0]['msg']}", file=path) from error

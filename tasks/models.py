@@ -1,0 +1,190 @@
+"""The models there are: records beside the weights, versions and aliases in the MLflow registry."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from configs.base_models import find_base_model, load_base_models
+from configs.errors import UserError
+from configs.records import ModelRecord
+from configs.settings import Settings, load_settings
+from tasks.files import read_record, write_record
+from tasks.tracking import code_version, experiment_id, mlflow_client
+
+RECORD_FILE = "tuneline.json"
+
+
+def publish_model(record: ModelRecord, product: Path) -> ModelRecord:
+    """Move a stage's product to the model store under the model's name, whole or not at all, and register it.
+
+    A rerun after a kill finds the folder in place and goes on with the registration.
+    """
+    if not record.path.exists():
+        record.path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(product / RECORD_FILE, record)
+        product.replace(record.path)
+    return register_model(record)
+
+
+def register_model(record: ModelRecord) -> ModelRecord:
+    """Make a version of the model's line in the MLflow registry; a model that has one already keeps it.
+
+    The weights stay where they are: the version holds the record that says where. A base model is registered when
+    it is first deployed; its record lies in the model store although its weights do not.
+    """
+    version = _version_of(record) or _create_version(record)
+    record = record.model_copy(update={"registered_version": version})
+    write_record(load_settings().models / record.name / RECORD_FILE, record)
+    return record
+
+
+def _create_version(record: ModelRecord) -> str:
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client()
+    logged = client.create_logged_model(
+        experiment_id(load_settings()),
+        name=record.name,
+        source_run_id=record.run_id,
+        tags=_lineage(record),
+        model_type=record.stage,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_record(Path(folder) / RECORD_FILE, record)
+        for extra in ("adapter_config.json", "config.json"):
+            if (record.path / extra).exists():
+                shutil.copyfile(record.path / extra, Path(folder) / extra)
+        client.log_model_artifacts(logged.model_id, folder)
+    client.finalize_logged_model(logged.model_id, "READY")
+    try:
+        client.create_registered_model(record.line)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        record.line,
+        source=f"models:/{logged.model_id}",
+        run_id=record.run_id,
+        tags=_lineage(record),
+        model_id=logged.model_id,
+    )
+    return str(version.version)
+
+
+def _version_of(record: ModelRecord) -> str | None:
+    for version in _search(f"name = '{record.line}'"):
+        if version.tags.get("tuneline.model") == record.name:
+            return str(version.version)
+    return None
+
+
+def _search(filter_string: str) -> list[Any]:
+    return list(mlflow_client().search_model_versions(filter_string, max_results=1000))
+
+
+def _lineage(record: ModelRecord) -> dict[str, str]:
+    tags = {
+        "model": record.name,
+        "stage": record.stage,
+        "base": record.base,
+        "method": record.method,
+        "parent": record.parent,
+        "train": record.train,
+        "dataset": record.dataset,
+        "uri": record.path.as_uri(),
+        "code_version": code_version(),
+    }
+    scores = {f"score.{name}": f"{value:.2f}" for name, value in record.evaluation.items()}
+    return {f"tuneline.{name}": value for name, value in {**tags, **scores}.items() if value is not None}
+
+
+def set_alias(record: ModelRecord, alias: str) -> None:
+    """Let `alias` (champion, challenger, deployed) of the model's line point to this model."""
+    version = record.registered_version or str(register_model(record).registered_version)
+    mlflow_client().set_registered_model_alias(record.line, alias, version)
+
+
+def clear_alias(line: str, alias: str) -> None:
+    """Take an alias away from a line; nothing happens if it has none."""
+    mlflow_client().delete_registered_model_alias(line, alias)
+
+
+def list_models(settings: Settings | None = None) -> list[ModelRecord]:
+    """Every customized and complete model, and every base model that was deployed, oldest first."""
+    settings = settings or load_settings()
+    found = [read_record(path, ModelRecord) for path in settings.models.glob(f"*/{RECORD_FILE}")]
+    return sorted(found, key=lambda record: record.created)
+
+
+def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
+    """The model of a reference: its name, LINE@ALIAS, the id of its train, or a base model.
+
+    Raises UserError with the nearest names.
+    """
+    settings = settings or load_settings()
+    models = {record.name: record for record in list_models(settings)}
+    if "@" in reference:
+        reference = _name_of_alias(*reference.rsplit("@", 1))
+    if reference in models:
+        return models[reference]
+    of_train = [record for record in models.values() if record.train == reference]
+    if of_train:
+        return of_train[-1]
+    if _is_base(reference, settings):
+        return base_record(reference, settings)
+    known = [*models, *load_base_models(settings)]
+    near = get_close_matches(reference, known, n=2)
+    raise UserError(
+        "there is no such model",
+        field="model",
+        value=reference,
+        expected="the name of a model, LINE@ALIAS, the id of a train, a base model, a folder or a hub id",
+        mend=f"did you mean {' or '.join(near)}?" if near else "`tuneline models list` shows them",
+    )
+
+
+def _name_of_alias(line: str, alias: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = mlflow_client().get_model_version_by_alias(line, alias)
+    except MlflowException as error:
+        raise UserError(
+            f"no model of {line} has the alias {alias}",
+            field="model",
+            value=f"{line}@{alias}",
+            mend="`tuneline models list` shows lines and aliases",
+        ) from error
+    return str(version.tags["tuneline.model"])
+
+
+def _is_base(reference: str, settings: Settings) -> bool:
+    try:
+        find_base_model(reference, settings)
+    except UserError:
+        return False
+    return True
+
+
+def base_record(reference: str, settings: Settings) -> ModelRecord:
+    """A base model as a model record, its weights fetched if need be."""
+    from tasks.base_models import fetch_base_model
+
+    entry = find_base_model(reference, settings)
+    path = fetch_base_model(entry, settings)
+    return ModelRecord(name=entry.name, stage="base", path=path, line=entry.name, base=entry.name, base_path=path)
+
+
+def aliases_by_model() -> dict[str, list[str]]:
+    """The aliases of each model that has any, by model name."""
+    found: dict[str, list[str]] = {}
+    client = mlflow_client()
+    for line in client.search_registered_models(max_results=1000):
+        for alias, version in line.aliases.items():
+            tags = client.get_model_version(line.name, version).tags
+            found.setdefault(tags.get("tuneline.model", line.name), []).append(alias)
+    return found

@@ -1,0 +1,231 @@
+"""What MLflow remembers of a train: parameters, curves, files, lineage. Always by explicit run id."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.records import TrainRecord
+from configs.settings import PROJECT_ROOT, Settings, load_settings
+from configs.train import TrainConfig
+from deployments.services import mlflow_artifact_location
+from methods import contract
+from tasks.files import write_text
+from tasks.stages import EventTail
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "tuneline"
+_PARAMETER_LIMIT = 6000
+_BATCH = 900  # MLflow takes 1000 metrics in one request
+
+
+def mlflow_client() -> MlflowClient:
+    """A client of the tracking store that the environment names."""
+    import logging
+
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient()
+
+
+def experiment_id(settings: Settings) -> str:
+    """The id of Tuneline's experiment, made on first use."""
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client()
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=mlflow_artifact_location(settings)))
+        except MlflowException:  # made by another process in between
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def start_run(name: str, kind: str, tags: Mapping[str, str]) -> str:
+    """Create a run and return its id. `kind` is `train` or `evaluation`."""
+    own = {"mlflow.runName": name, "tuneline.kind": kind, "tuneline.code_version": code_version()}
+    run = mlflow_client().create_run(experiment_id(load_settings()), run_name=name, tags={**own, **tags})
+    return str(run.info.run_id)
+
+
+def code_version() -> str:
+    """The version of this code: the git commit where there is one, else the installed version."""
+    from importlib.metadata import version
+
+    commit = subprocess.run(
+        ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return commit.stdout.strip() if commit.returncode == 0 else version("tuneline")
+
+
+def log_parameters(run_id: str, values: Mapping[str, Any]) -> None:
+    """Record parameters, as text. The store refuses to change one, so those it has already are left alone."""
+    client = mlflow_client()
+    known = client.get_run(run_id).data.params
+    from mlflow.entities import Param
+
+    fresh = [Param(k, _text(v)[:_PARAMETER_LIMIT]) for k, v in values.items() if k not in known]
+    if fresh:
+        client.log_batch(run_id, params=fresh)
+
+
+def log_config(record: TrainRecord) -> None:
+    """Record the resolved configuration: parameters, where each came from, and the file to repeat it with."""
+    flat = flatten(record.config)
+    log_parameters(record.run_id, flat)
+    origins = {name: record.origins.get(name, "default") for name in flat}
+    table = {name: {"value": value, "origin": origins[name]} for name, value in flat.items()}
+    client = mlflow_client()
+    client.log_dict(record.run_id, table, "config/parameters.json")
+    client.log_text(record.run_id, train_yaml(record.config), "config/train.yaml")
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """All values by dotted name, hyper-parameters without their prefix (they are what one compares)."""
+    content = config.model_dump(mode="json")
+    hyper, method = content.pop("hyperparameters"), content.pop("method_params")
+    return {**content, **hyper, **{f"method_params.{name}": value for name, value in method.items()}}
+
+
+def train_yaml(config: TrainConfig) -> str:
+    """The configuration as the YAML file that gives it again."""
+    import yaml
+
+    content = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+
+
+def log_scores(run_id: str, prefix: str, values: Mapping[str, float]) -> None:
+    """Record figures as metrics named `PREFIX/NAME`."""
+    from mlflow.entities import Metric
+
+    stamp = int(time.time() * 1000)
+    metrics = [Metric(f"{prefix}/{name}", float(value), stamp, 0) for name, value in values.items()]
+    mlflow_client().log_batch(run_id, metrics=metrics)
+
+
+def log_files(run_id: str, files: Iterable[Path], folder: str) -> None:
+    """Keep files with the run; those that are not there are left out."""
+    client = mlflow_client()
+    for file in files:
+        if file.exists():
+            client.log_artifact(run_id, str(file), folder)
+
+
+def log_dataset(run_id: str, version: Any, context: str) -> None:
+    """Record a dataset version as MLflow dataset input: digest, shape, counts."""
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = resolve_dataset_source(str(version.path))
+    profile = {"num_rows": version.rows, "shape": version.shape, "refused": version.report.rows_refused}
+    schema = {"columns_seen": version.report.columns_seen, "stored": ["messages", "line"]}
+    dataset = Dataset(
+        name=version.name,
+        digest=version.digest[:12],
+        source_type=source._get_source_type(),
+        source=source.to_json(),
+        schema=json.dumps(schema),
+        profile=json.dumps(profile),
+    )
+    tag = InputTag("mlflow.data.context", context)
+    mlflow_client().log_inputs(run_id, datasets=[DatasetInput(dataset, [tag])])
+
+
+def end_run(run_id: str, status: str) -> None:
+    """Close a run: `completed`, `failed` or `cancelled`."""
+    words = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+    mlflow_client().set_terminated(run_id, words[status])
+
+
+def reopen_run(run_id: str) -> None:
+    """Say that a closed run goes on (its train was resumed)."""
+    mlflow_client().update_run(run_id, status="RUNNING")
+
+
+class CurveForwarder:
+    """Sends the metrics of an events file to MLflow: each (curve, step) once, whatever happens in between.
+
+    `sent.json` in the job folder holds the offset up to which MLflow has confirmed. While MLflow does not answer
+    the events stay in the file; a later call, of this or another process, sends the rest. A resumed stage repeats
+    the steps after its checkpoint: the values that are already there stay.
+    """
+
+    def __init__(self, run_id: str, folder: Path, retry_seconds: float = 15.0) -> None:
+        self.run_id = run_id
+        self.folder = folder
+        self.tail = EventTail(folder / contract.EVENTS_FILE)
+        self.seen: set[tuple[str, int]] = set()
+        self.retry_seconds = retry_seconds
+        self.problem: str | None = None
+        self._pending: list[dict[str, Any]] = []
+        self._not_before = 0.0
+        self._replay()
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "sent.json"
+
+    def _replay(self) -> None:
+        offset = json.loads(self._state.read_text())["offset"] if self._state.exists() else 0
+        if offset:
+            for event in self.tail.read(until=offset):
+                self._fresh(event)
+
+    def _fresh(self, event: Mapping[str, Any]) -> dict[str, float]:
+        """The values of a metrics event that were not seen before; marks them as seen."""
+        if event.get("type") != "metrics":
+            return {}
+        step = int(event["step"])
+        fresh = {k: float(v) for k, v in event["values"].items() if (k, step) not in self.seen}
+        self.seen.update((name, step) for name in fresh)
+        return fresh
+
+    def forward(self, *, force: bool = False) -> bool:
+        """Send what is new; True if nothing is left to send. Never raises: the train goes on without MLflow."""
+        if not force and time.monotonic() < self._not_before:
+            return False
+        self._pending += self.tail.read()
+        metrics = [
+            (name, value, int(event["time"] * 1000), int(event["step"]))
+            for event in self._pending
+            for name, value in self._fresh(event).items()
+        ]
+        try:
+            self._send(metrics)
+        except Exception as error:  # any fault of the tracking store must not end a train
+            self.seen.difference_update((name, step) for name, _, _, step in metrics)
+            self.problem = f"{type(error).__name__}: {error}"
+            self._not_before = time.monotonic() + self.retry_seconds
+            return False
+        self._pending = []
+        self.problem = None
+        self._not_before = time.monotonic() + 2.0
+        write_text(self._state, json.dumps({"offset": self.tail.offset}))
+        return True
+
+    def _send(self, metrics: list[tuple[str, float, int, int]]) -> None:
+        if not metrics:
+            return
+        from mlflow.entities import Metric
+
+        client = mlflow_client()
+        for start in range(0, len(metrics), _BATCH):
+            client.log_batch(self.run_id, metrics=[Metric(*m) for m in metrics[start : start + _BATCH]])
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,394 @@
+"""The verbs of a train: open its record, prepare, train, register, save, evaluate, close. Each can be repeated."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from configs.base_models import find_base_model
+from configs.datasets import Columns, DatasetVersion
+from configs.errors import UserError
+from configs.records import ModelRecord, TrainRecord, TrainStatus, now
+from configs.settings import Settings, load_settings
+from configs.train import TrainConfig
+from methods import contract
+from methods.registry import find_method
+from tasks import tracking
+from tasks.base_models import fetch_base_model
+from tasks.datasets import find_dataset, resolve_dataset, write_split
+from tasks.evaluation import Evaluation, evaluate
+from tasks.files import read_record, write_record, write_text
+from tasks.inference import Generation
+from tasks.models import publish_model
+from tasks.plots import draw_curves
+from tasks.stages import EventTail, StageJob, run_stage
+
+RECORD_FILE = "train.json"
+EventHandler = Callable[[list[dict[str, Any]]], None]
+
+
+def train_folder(train_id: str, settings: Settings | None = None) -> Path:
+    """The folder of a train. Raises UserError for an id that would leave the store."""
+    root = (settings or load_settings()).trains
+    folder = root / train_id
+    if folder.parent != root or train_id in (".", ".."):
+        raise UserError("this is no id of a train", field="train", value=train_id)
+    return folder
+
+
+def save_record(record: TrainRecord) -> TrainRecord:
+    """Write the record to its folder and return it."""
+    write_record(train_folder(record.id) / RECORD_FILE, record)
+    return record
+
+
+def update_train(train_id: str, **changes: Any) -> TrainRecord:
+    """Change the record on disk, not the caller's copy of it, which an earlier verb may have left behind."""
+    record = read_record(train_folder(train_id) / RECORD_FILE, TrainRecord)
+    return save_record(record.model_copy(update=changes))
+
+
+def load_train(reference: str) -> TrainRecord:
+    """The train of an id, or the newest one of a name. Raises UserError with the ids there are."""
+    path = train_folder(reference) / RECORD_FILE
+    if path.exists():
+        return read_record(path, TrainRecord)
+    named = [record for record in list_trains() if record.config.name == reference]
+    if named:
+        return named[-1]
+    known = ", ".join(record.id for record in list_trains()[-5:]) or "none yet"
+    raise UserError(
+        "there is no such train",
+        field="train",
+        value=reference,
+        expected=f"the id or the name of a train; the newest are: {known}",
+        mend="`tuneline trains list` shows them all",
+    )
+
+
+def list_trains() -> list[TrainRecord]:
+    """Every train of this host, oldest first."""
+    paths = load_settings().trains.glob(f"*/{RECORD_FILE}")
+    return sorted((read_record(path, TrainRecord) for path in paths), key=lambda record: record.created)
+
+
+def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[str]) -> TrainRecord:
+    """Begin a new train: an id, a folder, an MLflow run that holds the configuration and its origins."""
+    method = find_method(config.method)
+    if "training" not in method.stages:
+        raise UserError("this method does not train", field="method", value=method.name)
+    created = now()
+    train_id = f"{config.name}_{created:%Y%m%d}_{secrets.token_hex(2)}"
+    run_id = tracking.start_run(
+        train_id,
+        "train",
+        {
+            "tuneline.train": train_id,
+            "tuneline.method": config.method,
+            "tuneline.base": config.base_model,
+            "mlflow.note.content": config.description,
+        },
+    )
+    record = TrainRecord(
+        id=train_id, config=config, origins=dict(origins), warnings=warnings, created=created, run_id=run_id
+    )
+    tracking.log_config(record)
+    return save_record(record)
+
+
+def reopen_train(record: TrainRecord) -> TrainRecord:
+    """Take up a train where it ended: the same record and MLflow run, from its newest whole checkpoint."""
+    tracking.reopen_run(record.run_id)
+    return update_train(record.id, status="running", reason=None, ended=None, attempts=record.attempts + 1)
+
+
+def note_flow_run(record: TrainRecord, flow_run_id: str | None, url: str | None) -> TrainRecord:
+    """Link the record and the MLflow run to the Prefect flow run that works on it."""
+    if flow_run_id is None:
+        return record
+    client = tracking.mlflow_client()
+    client.set_tag(record.run_id, "tuneline.prefect_flow_run", flow_run_id)
+    if url:
+        client.set_tag(record.run_id, "tuneline.prefect_url", url)
+    return update_train(record.id, flow_run_id=flow_run_id)
+
+
+def fetch_base(record: TrainRecord) -> TrainRecord:
+    """Bring the base model to this host."""
+    settings = load_settings()
+    entry = find_base_model(record.config.base_model, settings)
+    path = fetch_base_model(entry, settings)
+    return update_train(record.id, base=entry.name, base_path=path)
+
+
+def prepare_datasets(record: TrainRecord) -> TrainRecord:
+    """Validate and store what the train reads: training, validation and evaluation rows, each a version."""
+    config = record.config
+    columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
+    versions = {"dataset": _resolve(config, config.dataset, columns)}
+    for field in ("validation_dataset", "evaluation_dataset"):
+        if (reference := getattr(config, field)) is not None:
+            versions[field] = _resolve(config, reference, columns)
+    folder = train_folder(record.id)
+    if config.validation_split is not None:
+        version, share = versions["dataset"], config.validation_split
+        train_rows, validation_rows = folder / "train_rows.jsonl", folder / "validation_rows.jsonl"
+        write_split(version, share, config.hyperparameters.seed, train_rows, validation_rows)
+    if record.dataset is None:
+        for field, version in versions.items():
+            context = {"dataset": "training"}.get(field, field.removesuffix("_dataset"))
+            tracking.log_dataset(record.run_id, version, context)
+            report = folder / f"{field}_report.json"
+            write_text(report, version.report.model_dump_json(indent=2))
+            tracking.log_files(record.run_id, [report], "datasets")
+    references = {field: version.reference for field, version in versions.items()}
+    return update_train(record.id, **references)
+
+
+def _resolve(config: TrainConfig, reference: str, columns: Columns) -> DatasetVersion:
+    return resolve_dataset(
+        reference, columns=columns, shape=config.dataset_shape, allow_refused=config.allow_refused_rows
+    )
+
+
+def training_rows(record: TrainRecord) -> tuple[Path, Path | None]:
+    """The files of the training and of the validation rows."""
+    folder = train_folder(record.id)
+    if record.config.validation_split is not None:
+        return folder / "train_rows.jsonl", folder / "validation_rows.jsonl"
+    train = find_dataset(str(record.dataset)).path
+    validation = find_dataset(record.validation_dataset).path if record.validation_dataset else None
+    return train, validation
+
+
+def train_model(
+    record: TrainRecord,
+    on_events: EventHandler,
+    monitor: Callable[[str], AbstractContextManager[object]] = lambda run_id: nullcontext(),
+) -> TrainRecord:
+    """Run the training stage, or go on with it from its newest whole checkpoint; a finished one is not repeated.
+
+    The curves go to MLflow while it runs. Raises UserError, StageFailed, StageCancelled.
+    """
+    folder = train_folder(record.id) / "training"
+    if (folder / "done").exists() or (record.model and not (folder / contract.JOB_FILE).exists()):
+        return record
+    checkpoints = contract.complete_checkpoints(folder / "checkpoints")
+    resume = checkpoints[-1] if checkpoints else None
+    if resume is None:
+        (folder / contract.EVENTS_FILE).unlink(missing_ok=True)
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+    method = find_method(record.config.method)
+    job = _training_job(record, folder, resume)
+    forwarder = tracking.CurveForwarder(record.run_id, folder)
+
+    def follow(events: list[dict[str, Any]]) -> None:
+        forwarder.forward()
+        on_events(events)
+
+    python, file = method.stage_python("training"), method.stage_file("training")
+    try:
+        with monitor(record.run_id):
+            result = run_stage(folder, job, python, file, load_settings().grace_seconds, follow)
+    finally:
+        send_rest(forwarder)
+        keep_files(record)
+    write_text(folder / "done", "")
+    outcome: dict[str, float] = {name: float(result[name]) for name in ("steps", "seconds", "loss") if name in result}
+    tracking.log_scores(record.run_id, "train", outcome)
+    return update_train(record.id, outcome=outcome)
+
+
+def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> StageJob:
+    hyper = record.config.hyperparameters.model_dump(mode="json")
+    train_rows, validation_rows = training_rows(record)
+    return StageJob(
+        stage="training",
+        parameters={
+            **hyper,
+            "lora_alpha": hyper["lora_alpha"] or 2 * hyper["lora_rank"],
+            "max_new_tokens": record.config.max_new_tokens,
+            **record.config.method_params,
+        },
+        inputs={
+            "base_model": str(record.base_path),
+            "train_rows": str(train_rows),
+            "validation_rows": str(validation_rows) if validation_rows else None,
+        },
+        output=folder / "output",
+        resume_from=resume,
+        seed=hyper["seed"],
+    )
+
+
+def send_rest(forwarder: tracking.CurveForwarder, attempts: int = 3) -> bool:
+    """Send what is left of the curves; what MLflow does not take now is sent by `sync_curves` later."""
+    for attempt in range(attempts):
+        if forwarder.forward(force=True):
+            return True
+        time.sleep(attempt)
+    return False
+
+
+def sync_curves(record: TrainRecord) -> bool:
+    """Send the curves that MLflow has not confirmed yet; True if none are left."""
+    folder = train_folder(record.id) / "training"
+    events = folder / contract.EVENTS_FILE
+    if not events.exists():
+        return True
+    return send_rest(tracking.CurveForwarder(record.run_id, folder), attempts=1)
+
+
+def keep_files(record: TrainRecord) -> None:
+    """Keep the log, the curves as a picture, the files the stage reported and the environment with the run."""
+    folder = train_folder(record.id) / "training"
+    events = EventTail(folder / contract.EVENTS_FILE).read()
+    picture = folder / "curves.png"
+    draw_curves(events, picture, record.id)
+    reported = [Path(event["path"]) for event in events if event["type"] == "artifact"]
+    inside = {path for path in reported if folder.resolve() in path.resolve().parents}
+    lock = folder / "environment.txt"
+    write_text(lock, environment_lock())
+    try:
+        tracking.log_files(record.run_id, [folder / contract.LOG_FILE, picture, lock, *sorted(inside)], "training")
+    except Exception as error:  # the tracking store is away: the files stay where they are
+        write_text(folder / "not_kept.txt", f"{type(error).__name__}: {error}\n")
+
+
+def environment_lock() -> str:
+    """Every installed distribution with its version, one a line."""
+    from importlib.metadata import distributions
+
+    found = {f"{item.metadata['Name']}=={item.version}" for item in distributions() if item.metadata["Name"]}
+    return "\n".join(sorted(found, key=str.lower)) + "\n"
+
+
+def register_customized(record: TrainRecord) -> ModelRecord:
+    """Put the adapter into the model store and the registry, under the name BASE_TRAIN_YYYYMMDD_xxxx."""
+    name = f"{record.base}_{record.id}"
+    model = trained_model(record).model_copy(
+        update={"name": name, "stage": "customized", "path": load_settings().models / name}
+    )
+    model = publish_model(model, train_folder(record.id) / "training" / "output")
+    update_train(record.id, model=model.name)
+    return model
+
+
+def trained_model(record: TrainRecord) -> ModelRecord:
+    """What training has left in the train's folder, adapter or full weights, as a model."""
+    if record.base is None or record.base_path is None:
+        raise UserError("this train has not begun to train", field="train", value=record.id)
+    return ModelRecord(
+        name=f"{record.base}_{record.id}",
+        stage="trained",
+        path=train_folder(record.id) / "training" / "output",
+        line=record.config.name,
+        base=record.base,
+        base_path=record.base_path,
+        method=record.config.method,
+        adapter=record.config.hyperparameters.tuning != "full",
+        dtype=record.config.hyperparameters.dtype,
+        parent=record.base,
+        train=record.id,
+        run_id=record.run_id,
+        dataset=record.dataset,
+    )
+
+
+def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
+    """Run the saving stage: a self-contained model, proved equal to what was trained, named CUSTOMIZED_s_xxxx.
+
+    A train that has its complete model already keeps it. Raises UserError, StageFailed, StageCancelled.
+    """
+    settings = load_settings()
+    folder = settings.root / "saves" / model.name
+    name_file = folder / "name"
+    name = name_file.read_text() if name_file.exists() else f"{model.name}_s_{secrets.token_hex(2)}"
+    target = settings.models / name
+    if (target / "tuneline.json").exists():
+        return read_record(target / "tuneline.json", ModelRecord)
+    method = find_method(model.method)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    name_file.write_text(name)
+    job = StageJob(
+        stage="saving",
+        parameters={"dtype": model.dtype},
+        inputs={"base_model": str(model.base_path), "trained": str(model.path), "adapter": model.adapter},
+        output=folder / "output",
+        seed=0,
+    )
+    python, file = method.stage_python("saving"), method.stage_file("saving")
+    result = run_stage(folder, job, python, file, settings.grace_seconds, on_events)
+    complete = model.model_copy(
+        update={
+            "name": name,
+            "stage": "complete",
+            "path": target,
+            "adapter": False,
+            "dtype": result["dtype"],
+            "parent": model.name,
+            "created": now(),
+            "registered_version": None,
+            "verification": result["verification"],
+        }
+    )
+    complete = publish_model(complete, folder / "output")
+    if complete.run_id is not None:
+        tracking.log_scores(complete.run_id, "merge", result["verification"])
+    return complete
+
+
+def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_events: EventHandler) -> TrainRecord:
+    """Score a model on the train's evaluation rows; `which` is `base` or `tuned`. Done once for each.
+
+    Without an evaluation dataset nothing is scored.
+    """
+    record = load_train(record.id)
+    if record.evaluation_dataset is None or which in record.evaluation:
+        return record
+    version = find_dataset(record.evaluation_dataset)
+    generation = Generation(max_new_tokens=record.config.max_new_tokens)
+    outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events)
+    keep_evaluation(record.run_id, outcome, which, train_folder(record.id))
+    scores = {**record.evaluation, which: outcome.figures}
+    return update_train(record.id, evaluation=scores)
+
+
+def keep_evaluation(run_id: str, outcome: Evaluation, which: str, folder: Path) -> None:
+    """Record scores as metrics, and every prompt, reference and answer as a table of the run."""
+    tracking.log_scores(run_id, which, outcome.figures)
+    scores = folder / f"scores_{which}.json"
+    write_text(scores, outcome.model_dump_json(indent=1, exclude={"predictions"}))
+    rows = outcome.predictions
+    table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    tracking.log_files(run_id, [scores], "evaluation")
+    if table:
+        tracking.mlflow_client().log_table(run_id, table, f"evaluation/predictions_{which}.json")
+
+
+def base_as_model(record: TrainRecord) -> ModelRecord:
+    """The base model of a train, to be asked for answers in the train's own dtype."""
+    return trained_model(record).model_copy(
+        update={
+            "name": record.base,
+            "stage": "base",
+            "path": record.base_path,
+            "adapter": False,
+            "parent": None,
+        }
+    )
+
+
+def close_train(record: TrainRecord, status: TrainStatus, reason: str | None = None) -> TrainRecord:
+    """Say how a train ended, in its record and in MLflow."""
+    record = update_train(record.id, status=status, reason=reason, ended=now())
+    if reason:
+        tracking.mlflow_client().set_tag(record.run_id, "tuneline.reason", reason[:5000])
+    tracking.end_run(record.run_id, status)
+    return record

@@ -1,0 +1,514 @@
+"""From files, presets, copies and the command line to one configuration with origins."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import UserError
+from configs.resolve import (
+    ResolvedTrain,
+    describe,
+    effective,
+    list_presets,
+    load_train_file,
+    resolve_train,
+)
+from configs.train import Hyperparameters, TrainConfig
+
+BASE = "name: a\nbase_model: b\ndataset: c\n"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNELINE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def written(tmp_path: Path, text: str | bytes, name: str = "train.yaml") -> Path:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def resolve(tmp_path: Path, text: str, *overrides: str, **options: Any) -> ResolvedTrain:
+    return resolve_train(written(tmp_path, text), overrides, **options)
+
+
+def refusal(tmp_path: Path, text: str | bytes, *overrides: str, **options: Any) -> UserError:
+    with pytest.raises(UserError) as caught:
+        resolve_train(written(tmp_path, text), overrides, **options)
+    return caught.value
+
+
+# Each row of the tables in the seed documents: spelling, example value, canonical field, resolved value.
+SEED_ROWS: list[tuple[str, str, str, object]] = [
+    # DeepExtension, parameter reference table (English and Chinese)
+    ("Base Model", "Qwen1.5-7B", "base_model", "Qwen1.5-7B"),
+    ("MODEL_PATH", "LLaMA2", "base_model", "LLaMA2"),
+    ("Dataset", "d", "dataset", "d"),
+    ("DATASET_PATH", "d", "dataset", "d"),
+    ("LORA_RANK", "16", "lora_rank", 16),
+    ("LOAD_IN_4BIT", "true", "load_in_4bit", True),
+    ("MAX_SEQ_LENGTH", "2048", "max_seq_length", 2048),
+    ("MAX_INPUT_LENGTH", "256", "max_input_length", 256),
+    ("MAX_CONTENT_LENGTH", "256", "max_content_length", 256),
+    ("MAX_SAMPLES", "-1", "max_samples", -1),
+    ("NUM_GENERATIONS", "4", "num_generations", 4),
+    ("MAX_GRAD_NORM", "0.5", "max_grad_norm", 0.5),
+    ("EPOCHS", "3", "epochs", 3.0),
+    ("MAX_STEPS", "500", "max_steps", 500),
+    ("MAX_STEPS", "-1", "max_steps", None),
+    ("BATCH_SIZE", "4", "batch_size", 4),
+    ("GRAD_ACCUM_STEPS", "2", "grad_accum_steps", 2),
+    ("LEARNING_RATE", "5e-5", "learning_rate", 5e-5),
+    ("WARMUP_STEPS", "10", "warmup_steps", 10),
+    ("WARMUP_RATIO", "0.05", "warmup_ratio", 0.05),
+    ("PromptInputColumn", "question", "prompt_column", "question"),
+    ("PromptOutputColumn", "answer", "completion_column", "answer"),
+    # Huawei Pangu, supervised fine-tuning
+    ("训练类型", "有监督微调", "method", "sft"),
+    ("训练方式", "全量微调", "tuning", "full"),
+    ("训练方式", "局部微调", "tuning", "lora"),
+    ("训练方式", "局部微调(LoRA)", "tuning", "lora"),
+    ("训练方式", "局部微调（LoRA）", "tuning", "lora"),
+    ("训练模型", "盘古", "base_model", "盘古"),
+    ("训练数据集", "d", "dataset", "d"),
+    ("数据集", "d", "dataset", "d"),
+    ("验证数据", "v", "validation_dataset", "v"),
+    ("验证数据集", "v", "validation_dataset", "v"),
+    ("名称", "客服", "name", "客服"),
+    ("描述", "说明", "description", "说明"),
+    ("数据批量大小", "4", "batch_size", 4),
+    ("训练轮数", "6", "epochs", 6.0),
+    ("学习率", "0.000003", "learning_rate", 3e-6),
+    ("优化器", "adamw", "optimizer", "adamw"),
+    ("学习率衰减比率", "0.00001", "lr_decay_ratio", 1e-5),
+    ("热身比例", "0.1", "warmup_ratio", 0.1),
+    ("模型保存步数", "1000", "checkpoint_steps", 1000),
+    ("LoRA轶值", "32", "lora_rank", 32),
+    ("LoRA秩", "32", "lora_rank", 32),
+    # Baidu Qianfan, Baichuan2-7B-Chat and the words of training
+    ("训练方法", "全量更新", "tuning", "full"),
+    ("训练方法", "LoRA", "tuning", "lora"),
+    ("迭代轮次", "2", "epochs", 2.0),
+    ("训练轮次", "2", "epochs", 2.0),
+    ("Epoch", "2", "epochs", 2.0),
+    ("批处理大小", "4", "batch_size", 4),
+    ("数据批", "4", "batch_size", 4),
+    ("Batch_size", "4", "batch_size", 4),
+    ("Batchsize", "4", "batch_size", 4),
+    ("Learning rate", "1e-5", "learning_rate", 1e-5),
+    ("LR", "1e-5", "learning_rate", 1e-5),
+    ("学习率调整计划", "linear", "lr_scheduler", "linear"),
+    ("学习率预热步数占比", "0.05", "warmup_ratio", 0.05),
+    ("权重衰减数值", "0.01", "weight_decay", 0.01),
+    ("loraRank", "32", "lora_rank", 32),
+    ("loraAlpha", "32", "lora_alpha", 32),
+    ("loraDropout", "0.1", "lora_dropout", 0.1),
+    ("序列长度", "4096", "max_seq_length", 4096),
+]
+
+
+def value_of(config: TrainConfig, name: str) -> object:
+    return getattr(config.hyperparameters if name in Hyperparameters.model_fields else config, name)
+
+
+def without(name: str) -> str:
+    required = {"name": "a", "base_model": "b", "dataset": "c"}
+    return "".join(f"{key}: {value}\n" for key, value in required.items() if key != name)
+
+
+@pytest.mark.parametrize(("spelling", "text", "name", "expected"), SEED_ROWS)
+def test_documented_spelling_resolves_in_a_file_and_on_the_command_line(
+    tmp_path: Path, spelling: str, text: str, name: str, expected: object
+) -> None:
+    in_file = resolve(tmp_path, f"{without(name)}{spelling}: {text}\n")
+    on_line = resolve(tmp_path, without(name), f"{spelling}={text}")
+    assert value_of(in_file.config, name) == expected
+    assert value_of(on_line.config, name) == expected
+    dotted = f"hyperparameters.{name}" if name in Hyperparameters.model_fields else name
+    assert in_file.origins[dotted].startswith("file ")
+    assert on_line.origins[dotted] == "command line"
+
+
+@pytest.mark.parametrize("name", [*Hyperparameters.model_fields])
+def test_every_hyperparameter_has_camel_upper_and_kebab_case(tmp_path: Path, name: str) -> None:
+    value = {"lora_alpha": 4, "max_input_length": 64, "max_content_length": 64, "max_steps": 3}.get(
+        name, Hyperparameters.model_fields[name].default
+    )
+    value = 7 if value is None else value
+    first, *rest = name.split("_")
+    for spelling in (name.upper(), first + "".join(word.title() for word in rest), name.replace("_", "-")):
+        resolved = resolve(tmp_path, f"{BASE}{spelling}: {value}\n")
+        assert value_of(resolved.config, name) == value
+        assert resolved.origins[f"hyperparameters.{name}"].endswith("train.yaml:4")
+
+
+def test_output_dir_and_model_type_are_accepted_and_said_to_have_no_effect(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, BASE + "OUTPUT_DIR: /x\n模型类型: LLM\n")
+    assert len(resolved.warnings) == 2
+    assert "OUTPUT_DIR" in resolved.warnings[0]
+    assert "train.yaml:4" in resolved.warnings[0]
+    assert "system" in resolved.warnings[0]
+
+
+# ---- YAML
+
+
+def test_numbers_mean_what_they_look_like(tmp_path: Path) -> None:
+    values = load_train_file(written(tmp_path, "a: 1e-4\nb: 010\nc: no\nd: 12:30\ne: 2024-01-01\nf: .5\ng: null\n"))
+    assert values == {"a": 1e-4, "b": 10, "c": "no", "d": "12:30", "e": "2024-01-01", "f": 0.5, "g": None}
+
+
+def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode())
+    assert resolve_train(path).config.name == "a"
+
+
+YAML_MISTAKES: list[tuple[str | bytes, int | None, str]] = [
+    ("", None, "empty"),
+    ("# only a comment\n", None, "empty"),
+    ("- a\n", 1, "list"),
+    ("just text\n", 1, "plain text"),
+    ("a: 1\nb: 2\na: 3\n", 3, "`a` stands twice, on line 1 and on line 3"),
+    ("hyperparameters:\n  seed: 1\n  seed: 1\n", 3, "`seed` stands twice"),
+    ("a:\n\tb: 1\n", 2, "indent with spaces"),
+    ("a: [1, 2\nb: 3\n", 2, "not YAML"),
+    ("a: 'x\n", 2, "not YAML"),
+    ("a: 1\n---\nb: 1\n", 2, "another document"),
+    ("学习率：0.1\n", 1, "half-width"),
+    (b"name: \xc4\xe3\n", 1, "not UTF-8"),
+    ("name: 你\n".encode("utf-16"), 1, "not UTF-8"),
+    ("a: 1\nb: \x01\n", 2, "U+0001"),
+    ("a: !!python/object/apply:os.getcwd []\n", 1, "tag"),
+    ("a: 1\n5: x\n", 2, "must be text"),
+    ("a: &a [*a]\n", 1, "nested too deeply"),
+    ("[" * 5000, None, "nested too deeply"),
+    (b"a: " + b"x" * (1 << 20), None, "1 MiB"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "told"), YAML_MISTAKES)
+def test_each_yaml_mistake_is_told_with_file_and_line(
+    tmp_path: Path, text: str | bytes, line: int | None, told: str
+) -> None:
+    error = refusal(tmp_path, text)
+    assert error.file == str(tmp_path / "train.yaml")
+    assert error.line == line
+    assert told in str(error)
+
+
+def test_column_of_a_syntax_error_is_told(tmp_path: Path) -> None:
+    assert "line 1, column 5" in str(refusal(tmp_path, "a: b: c\n"))
+
+
+def test_alias_bomb_and_bracket_flood_end_early(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+        f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+    )
+    flood = "a: [" + "1," * 500_000 + "1]\n"
+    started = time.monotonic()
+    assert "20000 values" in str(refusal(tmp_path, bomb))
+    assert "20000 values" in str(refusal(tmp_path, flood))
+    assert time.monotonic() - started < 10
+
+
+def test_missing_file_and_folder_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        resolve_train(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="folder"):
+        resolve_train(tmp_path)
+
+
+def test_dataset_given_as_train_file_is_recognised(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"prompt": "a"}\n{"prompt": "b"}\n', "rows.jsonl")
+    with pytest.raises(UserError, match="is this a dataset"):
+        resolve_train(path)
+
+
+# ---- names and values
+
+
+def test_two_spellings_with_different_values_name_both_and_their_lines(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE + "LORA_RANK: 8\nhyperparameters:\n  LoRA秩: 16\n")
+    for part in ("LORA_RANK", "train.yaml:4", "LoRA秩", "train.yaml:6", "8", "16"):
+        assert part in str(error)
+
+
+def test_two_spellings_with_one_value_are_fine(tmp_path: Path) -> None:
+    text = BASE + "LEARNING_RATE: 1e-5\n学习率: 0.00001\n训练方式: LoRA\ntuning: lora\nMAX_STEPS: -1\nmaxSteps:\n"
+    resolved = resolve(tmp_path, text)
+    assert resolved.config.hyperparameters.learning_rate == 1e-5
+    assert resolved.config.hyperparameters.max_steps is None
+
+
+def test_two_overrides_of_one_parameter_that_differ_are_refused(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE, "lora_rank=8", "LORA_RANK=16")
+    assert "lora_rank (command line)" in str(error)
+    assert "LORA_RANK (command line)" in str(error)
+
+
+def test_unknown_parameter_is_told_with_line_and_nearest_name(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE + "learning_rat: 1e-5\n")
+    assert error.line == 4
+    assert error.field == "learning_rat"
+    assert "did you mean learning_rate" in str(error.mend)
+
+
+def test_unknown_override_is_told_with_nearest_name(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE, "hyperparameters.lora_ranks=3")
+    assert "command line" in str(error)
+    assert "lora_rank" in str(error.mend)
+
+
+def test_train_field_inside_of_hyperparameters_is_told_where_it_belongs(tmp_path: Path) -> None:
+    assert "top level" in str(refusal(tmp_path, BASE + "hyperparameters:\n  through: complete\n").mend)
+
+
+def test_all_problems_are_told_in_one_message(tmp_path: Path) -> None:
+    text = "name: a/b\nbase_model: 3\nbatch_size: 0\nlearning_rat: 1\nhyperparameters:\n  lr_scheduler: cosin\n"
+    message = str(refusal(tmp_path, text, "epochs=many"))
+    assert message.startswith("6 problems") or message.startswith("7 problems")
+    for part in (
+        "train.yaml:1",
+        "train.yaml:2",
+        'put it in quotes: "3"',
+        "a whole number ≥ 1",
+        "learning_rate",
+        "train.yaml:6",
+        "one of linear, cosine",
+        "'many'",
+        "dataset",
+    ):
+        assert part in message
+
+
+def test_impossible_value_tells_file_line_field_value_and_expected(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE + "学习率: 7\n")
+    assert (error.line, error.value) == (4, 7)
+    assert error.field == "hyperparameters.learning_rate (written 学习率)"
+    assert error.expected == "a number > 0 and ≤ 1"
+
+
+def test_value_left_empty_is_told(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE + "learning_rate:\n")
+    assert error.problem == "no value is given"
+    assert error.line == 4
+
+
+def test_contradiction_names_both_places(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE + "训练方式: 全量微调\n", "load_in_4bit=true")
+    assert "train.yaml:4" in str(error)
+    assert "load_in_4bit (command line)" in str(error)
+    assert "tuning: lora" in str(error.mend)
+
+
+@pytest.mark.parametrize("text", ["true", "True", "yes", "on", "是", "1"])
+def test_switch_is_read_from_text(tmp_path: Path, text: str) -> None:
+    assert resolve(tmp_path, BASE, f"load_in_4bit={text}").config.hyperparameters.load_in_4bit is True
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "off", "否", "0"])
+def test_switch_is_turned_off_by_text(tmp_path: Path, text: str) -> None:
+    assert resolve(tmp_path, BASE, f"group_by_length={text}").config.hyperparameters.group_by_length is False
+
+
+def test_text_on_the_command_line_stays_as_typed(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, BASE, "name=007", "description=see #3: [x]", "prompt_column=no", "through=null")
+    assert (resolved.config.name, resolved.config.description) == ("007", "see #3: [x]")
+    assert resolved.config.prompt_column == "no"
+    assert resolved.config.through is None
+
+
+def test_override_without_equals_sign_is_told(tmp_path: Path) -> None:
+    assert "name=value" in str(refusal(tmp_path, BASE, "lora_rank"))
+
+
+def test_group_is_not_set_as_a_whole_on_the_command_line(tmp_path: Path) -> None:
+    assert "one by one" in str(refusal(tmp_path, BASE, "hyperparameters=3").mend)
+    assert "nothing inside" in str(refusal(tmp_path, BASE, "method_params.a=1", "method_params.a.b=2"))
+
+
+def test_method_parameters_are_kept_as_given(tmp_path: Path) -> None:
+    text = BASE + "method_params:\n  beta: 0.1\n  nested: {a: 1}\n"
+    resolved = resolve(tmp_path, text, "method_params.nested.b=[1, 2]", "method_params.MAX_STEPS=-1")
+    assert resolved.config.method_params == {"beta": 0.1, "nested": {"a": 1, "b": [1, 2]}, "MAX_STEPS": -1}
+    assert resolved.origins["method_params.beta"].endswith("train.yaml:5")
+
+
+# ---- origins and precedence
+
+
+def test_later_origins_win_and_every_value_has_one(tmp_path: Path) -> None:
+    copied = {"name": "old", "base_model": "b", "dataset": "c", "hyperparameters": {"epochs": 9, "seed": 9}}
+    text = "name: new\npreset: nl2json\nseed: 10\n"
+    before = copy.deepcopy(copied)
+    resolved = resolve(tmp_path, text, "lora_rank=16", "warmup_ratio=0.2", copied=copied)
+    hyper, origins = resolved.config.hyperparameters, resolved.origins
+    assert (hyper.lr_decay_ratio, origins["hyperparameters.lr_decay_ratio"]) == (0.01, "preset nl2json")
+    assert (hyper.epochs, origins["hyperparameters.epochs"]) == (9, "copied from old")
+    assert (hyper.seed, origins["hyperparameters.seed"]) == (10, f"file {tmp_path / 'train.yaml'}:3")
+    assert (hyper.warmup_ratio, origins["hyperparameters.warmup_ratio"]) == (0.2, "command line")
+    assert origins["hyperparameters.logging_steps"] == "default"
+    assert (resolved.config.name, origins["dataset"]) == ("new", "copied from old")
+    names = {f"hyperparameters.{name}" for name in Hyperparameters.model_fields}
+    assert set(origins) == names | set(TrainConfig.model_fields) - {"hyperparameters", "method_params"}
+    assert copied == before
+    assert any("does not change copied values (epochs)" in warning for warning in resolved.warnings)
+
+
+def test_override_inside_of_a_copied_mapping_leaves_the_copied_one_alone() -> None:
+    copied = {"name": "a", "base_model": "b", "dataset": "c", "method_params": {"nested": {"a": 1}}}
+    resolved = resolve_train(copied=copied, overrides=["method_params.nested.a=2"])
+    assert resolved.config.method_params == {"nested": {"a": 2}}
+    assert copied["method_params"] == {"nested": {"a": 1}}
+
+
+def test_resolved_configuration_copies_to_itself(tmp_path: Path) -> None:
+    first = resolve(tmp_path, BASE + "LORA_RANK: 16\nmethod_params: {a: 1}\n")
+    again = resolve_train(copied=first.config.model_dump(mode="json"), copied_from="run-1")
+    assert again.config == first.config
+    assert set(again.origins.values()) == {"copied from run-1"}
+
+
+def test_preset_argument_wins_over_the_file(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, BASE + "preset: nl2json\n", preset="basic")
+    assert resolved.config.hyperparameters.epochs == 4
+    assert resolved.origins["hyperparameters.epochs"] == "preset basic"
+
+
+def test_unknown_preset_is_told_with_line_and_nearest(tmp_path: Path) -> None:
+    error = refusal(tmp_path, BASE + "preset: nl2jso\n")
+    assert error.line == 4
+    assert "nl2json" in str(error.mend)
+
+
+PRESET_VALUES = {
+    "basic": (8, 4, 7.5e-5, 0.067, 0.01),
+    "nl2sql": (8, 4, 1e-5, 0.067, 0.013),
+    "nl2json": (8, 3, 7.5e-5, 0.01, 0.01),
+    "nl2code": (8, 4, 1e-5, 0.067, 0.013),
+    "basic-low-rate": (8, 6, 3e-6, 0.01, 0.05),
+    "basic-full": (8, 1, 1e-4, 1e-5, 0.1),
+    "basic-lora": (8, 4, 1e-4, 0.1, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", [*PRESET_VALUES])
+def test_preset_holds_the_documented_values(tmp_path: Path, name: str) -> None:
+    hyper = resolve(tmp_path, BASE, preset=name).config.hyperparameters
+    found = (hyper.batch_size, hyper.epochs, hyper.learning_rate, hyper.lr_decay_ratio, hyper.warmup_ratio)
+    assert found == PRESET_VALUES[name]
+    assert hyper.optimizer == "adamw"
+    assert hyper.checkpoint_steps == (1000 if name in ("basic-low-rate", "basic-full") else 100)
+
+
+def test_every_preset_resolves_and_names_its_source(tmp_path: Path) -> None:
+    presets = list_presets()
+    assert {*PRESET_VALUES, "baichuan2-7b-chat"} == set(presets)
+    for name, preset in presets.items():
+        assert preset.source
+        resolved = resolve(tmp_path, BASE, preset=name)
+        given = {key for key, origin in resolved.origins.items() if origin == f"preset {name}"}
+        assert len(given) == len(preset.values)
+
+
+def test_scene_of_the_seed_document_chooses_the_preset(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, BASE + "应用场景: NL2JSON场景\n训练方式: 全量微调\n")
+    assert resolved.origins["hyperparameters.epochs"] == "preset nl2json"
+    assert resolved.warnings == []
+
+
+def test_preset_used_for_another_tuning_is_said(tmp_path: Path) -> None:
+    assert "documented for tuning full" in resolve(tmp_path, BASE, preset="nl2json").warnings[0]
+
+
+# ---- warnings
+
+
+def test_defaults_give_no_warning(tmp_path: Path) -> None:
+    assert resolve(tmp_path, BASE).warnings == []
+
+
+def test_untypical_value_is_accepted_with_range_source_and_origin(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, BASE + "MAX_STEPS: 10\n", "batch_size=65")
+    steps, batch = sorted(resolved.warnings, reverse=True)
+    for part in ("max_steps = 10", "100 to 50000", "DeepExtension", "train.yaml:4"):
+        assert part in steps
+    for part in ("batch_size = 65", "1 to 64", "command line"):
+        assert part in batch
+
+
+def test_overridden_parameters_are_said(tmp_path: Path) -> None:
+    text = BASE + "EPOCHS: 3\nMAX_STEPS: 100\nWARMUP_STEPS: 5\nWARMUP_RATIO: 0.1\n"
+    warnings = resolve(tmp_path, text).warnings
+    assert any(item.startswith("max_steps = 100") and "overrides epochs = 3" in item for item in warnings)
+    assert any(item.startswith("warmup_steps = 5") and "overrides warmup_ratio = 0.1" in item for item in warnings)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tuning: full\nlora_rank: 16\n", "lora_rank has no effect"),
+        ("lr_scheduler: constant\nlr_decay_ratio: 0.1\n", "lr_decay_ratio has no effect"),
+        ("lr_scheduler: constant\nwarmup_steps: 5\n", "warm-up has no effect"),
+        ("evaluation_steps: 5\n", "evaluation_steps has no effect"),
+        ("max_steps: 100\nwarmup_steps: 100\n", "never ends"),
+    ],
+)
+def test_parameter_without_effect_is_said(tmp_path: Path, text: str, told: str) -> None:
+    warnings = resolve(tmp_path, BASE + text).warnings
+    assert len(warnings) == 1
+    assert told in warnings[0]
+
+
+# ---- paths, derived values, printing
+
+
+def test_existing_dataset_is_found_beside_the_file_then_in_the_working_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (tmp_path / "both.jsonl").write_text("{}")
+    (folder / "both.jsonl").write_text("{}")
+    (tmp_path / "here.jsonl").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    text = "name: a\nbase_model: model\ndataset: both.jsonl\nvalidation_dataset: here.jsonl\n"
+    path = written(folder, text + "evaluation_dataset: registered\n")
+    config = resolve_train(path).config
+    assert config.dataset == str(folder / "both.jsonl")
+    assert config.validation_dataset == str(tmp_path / "here.jsonl")
+    assert config.evaluation_dataset == "registered"
+    assert config.base_model == str(tmp_path / "model")
+    assert resolve_train(path, ["dataset=both.jsonl"]).config.dataset == str(tmp_path / "both.jsonl")
+
+
+def test_folder_without_config_stays_a_name(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    assert resolve(tmp_path, BASE).config.base_model == "b"
+
+
+def test_effective_spells_out_derived_values(tmp_path: Path) -> None:
+    config = resolve(tmp_path, BASE + "lora_rank: 16\n").config
+    assert config.hyperparameters.lora_alpha is None
+    values = effective(config)
+    assert (values["hyperparameters"]["lora_alpha"], values["through"]) == (32, "customized")
+    assert values["hyperparameters"]["dtype"] == "auto"
+    assert effective(resolve(tmp_path, BASE + "tuning: full\n").config)["through"] == "complete"
+
+
+def test_description_lists_every_value_with_its_origin(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, BASE + "lora_rank: 16\nmethod_params: {a: {b: 1}}\n", "seed=1")
+    rows = {name: (value, origin) for name, value, origin in describe(resolved)}
+    assert rows["hyperparameters.lora_alpha"] == ("32", "derived: 2 × lora_rank")
+    assert rows["through"] == ("customized", "derived from tuning")
+    assert rows["hyperparameters.seed"] == ("1", "command line")
+    assert rows["hyperparameters.max_steps"] == ("not set", "default")
+    assert rows["hyperparameters.load_in_4bit"] == ("false", "default")
+    assert rows["method_params.a.b"] == ("1", f"file {tmp_path / 'train.yaml'}:5")
+    assert {f"hyperparameters.{name}" for name in Hyperparameters.model_fields} <= set(rows)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SAMPLES = Path(__file__).resolve().parents[2] / "configs" / "samples"
+SIZES = {
+    "commands_en": {"train": 480, "validation": 40, "test": 60},
+    "commands_zh": {"train": 300, "validation": 40, "test": 60},
+}
+LANGUAGES = sorted(SIZES)
+COURTESIES = str.maketrans("", "", ".,?。，？ ")
+
+
+def rows(language: str, split: str) -> list[dict[str, str]]:
+    lines = (SAMPLES / language / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def commands(row: dict[str, str]) -> list[dict[str, Any]]:
+    answer = json.loads(row["completion"])
+    return answer if isinstance(answer, list) else [answer]
+
+
+def test_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(SAMPLES / "make_commands.py"), str(tmp_path)], check=True)
+    written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}
+    committed = {path.relative_to(SAMPLES): path.read_bytes() for path in SAMPLES.rglob("*.jsonl")}
+    assert written == committed
+    assert len(committed) == 6
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_splits_have_their_sizes_and_share_no_prompt(language: str) -> None:
+    splits = {split: rows(language, split) for split in SIZES[language]}
+    assert {split: len(found) for split, found in splits.items()} == SIZES[language]
+    prompts = [row["prompt"].lower().translate(COURTESIES) for found in splits.values() for row in found]
+    assert len(set(prompts)) == len(prompts)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_answers_are_in_their_normal_form(language: str) -> None:
+    for row in (row for split in SIZES[language] for row in rows(language, split)):
+        assert row.keys() == {"prompt", "completion"}
+        assert json.dumps(json.loads(row["completion"]), separators=(",", ":")) == row["completion"]
+        for command in commands(row):
+            keys = ["device", "room", "action", "level", "time"]
+            assert list(command) == [key for key in keys if key in command]
+            assert ("level" in command) == (command["action"] == "set")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_value_of_the_test_split_was_learnt(language: str) -> None:
+    def values(split: str) -> Counter[tuple[str, str]]:
+        keys = ("device", "room", "action")
+        return Counter((key, c[key]) for row in rows(language, split) for c in commands(row) for key in keys)
+
+    learnt = values("train")
+    assert {value: learnt[value] for value in values("test") if learnt[value] < 8} == {}
+
+
+def test_prompts_and_answers_are_short() -> None:
+    for language in LANGUAGES:
+        for row in (row for split in SIZES[language] for row in rows(language, split)):
+            assert len(row["prompt"].split()) <= 30
+            assert len(row["prompt"]) <= 150
+            assert len(row["completion"]) <= 140
