@@ -141,6 +141,25 @@ def resolve_dataset(
     return find_dataset(str(reference))
 
 
+def check_reference(
+    reference: str | Path,
+    columns: Columns | None = None,
+    shape: RequestedShape = "auto",
+    *,
+    allow_refused: bool = False,
+) -> DatasetReport:
+    """The report of what a train's `dataset` names, as `resolve_dataset` would find it; nothing is stored.
+
+    Raises UserError where `resolve_dataset` would.
+    """
+    path = Path(reference).expanduser()
+    if not (_is_file(path) or _looks_like_path(reference)):
+        return find_dataset(str(reference)).report
+    report = check_dataset(path, columns, shape)
+    _require_usable(report, allow_refused)
+    return report
+
+
 def write_split(
     version: DatasetVersion, share: float, seed: int, train_path: Path, validation_path: Path
 ) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from configs.datasets import DatasetVersion
 from configs.records import ModelRecord
 from configs.scoring import Scores
+from tasks import tracking
 from tasks.inference import Generation, answer_prompts
 from tasks.scoring import score_rows, summarise
 
@@ -78,3 +79,33 @@ def read_conversations(path: Path, limit: int) -> list[list[dict[str, str]]]:
     with path.open(encoding="utf-8") as file:
         lines = file if limit == -1 else islice(file, limit)
         return [json.loads(line)["messages"] for line in lines]
+
+
+def evaluate_and_record(
+    model: ModelRecord,
+    version: DatasetVersion,
+    generation: Generation,
+    samples: int = -1,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> Evaluation:
+    """Score a model in an MLflow run of its own: scores, predictions, the dataset, the model's name."""
+    outcome = evaluate(model, version, generation, samples, on_events)
+    tags = {"tuneline.model": model.name, "tuneline.dataset": version.reference}
+    run_id = tracking.start_run(f"{model.name} on {version.name}", "evaluation", tags)
+    tracking.log_parameters(run_id, {"model": model.name, "dataset": version.reference, **generation.model_dump()})
+    tracking.log_dataset(run_id, version, "evaluation")
+    keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base")
+    tracking.end_run(run_id, "completed")
+    return outcome
+
+
+def keep_evaluation(run_id: str, outcome: Evaluation, which: str) -> None:
+    """Record scores as metrics, and every prompt, reference and answer as a table of the run."""
+    tracking.log_scores(run_id, which, outcome.figures)
+    client = tracking.mlflow_client()
+    scores = outcome.model_dump(mode="json", exclude={"predictions"})
+    client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")
+    rows = outcome.predictions
+    table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    if table:
+        client.log_table(run_id, table, f"evaluation/predictions_{which}.json")

@@ -21,12 +21,12 @@ from methods.registry import find_method
 from tasks import tracking
 from tasks.base_models import fetch_base_model
 from tasks.datasets import find_dataset, resolve_dataset, write_split
-from tasks.evaluation import Evaluation, evaluate
+from tasks.evaluation import evaluate, keep_evaluation
 from tasks.files import read_record, write_record, write_text
 from tasks.inference import Generation
 from tasks.models import publish_model
 from tasks.plots import draw_curves
-from tasks.stages import EventTail, StageJob, run_stage
+from tasks.stages import EventTail, StageJob, run_stage, signal_running
 
 RECORD_FILE = "train.json"
 EventHandler = Callable[[list[dict[str, Any]]], None]
@@ -355,21 +355,9 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
     version = find_dataset(record.evaluation_dataset)
     generation = Generation(max_new_tokens=record.config.max_new_tokens)
     outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events)
-    keep_evaluation(record.run_id, outcome, which, train_folder(record.id))
+    keep_evaluation(record.run_id, outcome, which)
     scores = {**record.evaluation, which: outcome.figures}
     return update_train(record.id, evaluation=scores)
-
-
-def keep_evaluation(run_id: str, outcome: Evaluation, which: str, folder: Path) -> None:
-    """Record scores as metrics, and every prompt, reference and answer as a table of the run."""
-    tracking.log_scores(run_id, which, outcome.figures)
-    scores = folder / f"scores_{which}.json"
-    write_text(scores, outcome.model_dump_json(indent=1, exclude={"predictions"}))
-    rows = outcome.predictions
-    table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-    tracking.log_files(run_id, [scores], "evaluation")
-    if table:
-        tracking.mlflow_client().log_table(run_id, table, f"evaluation/predictions_{which}.json")
 
 
 def base_as_model(record: TrainRecord) -> ModelRecord:
@@ -392,3 +380,11 @@ def close_train(record: TrainRecord, status: TrainStatus, reason: str | None = N
         tracking.mlflow_client().set_tag(record.run_id, "tuneline.reason", reason[:5000])
     tracking.end_run(record.run_id, status)
     return record
+
+
+def cancel_train(record: TrainRecord) -> None:
+    """Ask the train's running stage to save a checkpoint and stop. Raises UserError if none runs."""
+    if not signal_running(train_folder(record.id) / "training"):
+        raise UserError(
+            "no training stage of this train is running", field="train", value=record.id, expected="a running train"
+        )

@@ -4,7 +4,7 @@
 
 English goes to FOLDER/commands_en, Chinese to FOLDER/commands_zh (FOLDER: where this file lies), each as
 train.jsonl, validation.jsonl and test.jsonl with the keys `prompt` and `completion`. The seed is fixed: every
-run writes the same bytes. The answer is compact JSON, one object a command or a list of two, keys in the
+run writes the same bytes. The answer is compact JSON, always a list, one object a command, keys in the
 order device, room, action, level (percent), time (24 hours). What makes it unambiguous: a time without a part
 of the day is read on a 24-hour clock; "half" is 50, "maximum" 100; a place or an action said once for two
 devices holds for both.
@@ -28,7 +28,8 @@ SWITCHED = ("light", "heater", "fan", "tv", "speaker", "coffee_machine")
 DIMMED = ("light", "heater", "fan", "speaker")
 MOVED = ("blinds", "door")
 ROOMS = ("kitchen", "bedroom", "living_room", "bathroom", "office", "hallway", "meeting_room", "garage")
-HOURS = (7, 8, 9, 10, 18, 19, 20, 21)
+MORNING = (7, 8, 9)
+EVENING = (19, 20, 21)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def draw_switched_pair(random: Random) -> tuple[str, str]:
 def draw_time(random: Random) -> tuple[int, int]:
     """Hour and minute; quarters more often than the rest, as people say them."""
     minute = pick(random, (0, 15, 30, 45, 5 * int(random.random() * 12)))
-    return pick(random, HOURS), minute
+    return pick(random, MORNING + EVENING), minute
 
 
 def clock(hour: int, minute: int) -> str:
@@ -136,7 +137,7 @@ EN_ACTIONS = {
     "close": ("close {}", "shut {}"),
     "set": ("set {} to", "bring {} to", "put {} at", "adjust {} to"),
 }
-EN_UNITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+EN_HOURS = {7: "seven", 8: "eight", 9: "nine"}
 EN_TENS = ("zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 EN_WRAPPERS = ("{}", "{}", "please {}", "{}, please", "hey, {}", "hello, {}, thanks")
 # These read on into a verb, so not into "at seven, …".
@@ -144,37 +145,26 @@ EN_VERB_WRAPPERS = ("could you {}?", "can you please {}?", "I need you to {}", "
 
 
 def en_level(random: Random, level: int) -> str:
-    """A percentage in digits or in words."""
+    """A percentage in digits or, a round one, in words."""
     special = {50: "half", 100: "maximum"}
     if level in special and random.random() < 0.5:
         return special[level]
-    if level == 100 or random.random() < 0.5:
+    if level % 10 or level == 100 or random.random() < 0.3:
         return pick(random, (f"{level} percent", f"{level}%"))
-    tens, units = divmod(level, 10)
-    words = [EN_TENS[tens]] if tens else []
-    return "-".join(words + ([EN_UNITS[units]] if units else [])) + " percent"
+    return f"{EN_TENS[level // 10]} percent"
 
 
 def en_time(random: Random) -> tuple[str, str]:
     """A time as it is said, and its normal form."""
-    if random.random() < 0.12:
+    if random.random() < 0.15:
         return pick(random, (("noon", "12:00"), ("midnight", "00:00")))
-    hour, minute = draw_time(random)
-    style = pick(random, ("24 hours", "12 hours", "words"))
-    if style == "24 hours":
+    if random.random() < 0.4:
+        hour, minute = draw_time(random)
         return f"{hour}:{minute:02}", clock(hour, minute)
-    half = hour - 12 if hour > 12 else hour
-    if style == "12 hours":
-        said = f"{half}:{minute:02}" if minute else f"{half}"
-        return f"{said} {'am' if hour < 12 else 'pm'}", clock(hour, minute)
-    minute = pick(random, (0, 15, 30))
-    name = EN_UNITS[half]
+    hour, minute = pick(random, MORNING), pick(random, (0, 15, 30))
+    name = EN_HOURS[hour]
     said = {0: f"{name} o'clock", 15: f"quarter past {name}", 30: f"half past {name}"}[minute]
-    if hour > 12:
-        said += " in the evening"
-    elif random.random() < 0.5:
-        said += " in the morning"
-    return said, clock(hour, minute)
+    return said + pick(random, ("", " in the morning")), clock(hour, minute)
 
 
 def en_thing(random: Random, command: Command) -> str:
@@ -193,7 +183,7 @@ def en_one(random: Random) -> Sentence:
     """One command, now or at a time."""
     command = draw_command(random)
     clause = en_clause(random, command, en_thing(random, command))
-    if random.random() < 0.3:
+    if random.random() < 0.25:
         return clause, [command]
     said, time = en_time(random)
     sentence = f"at {said}, {clause}" if random.random() < 0.25 else f"{clause} at {said}"
@@ -301,7 +291,7 @@ def zh_level(random: Random, level: int) -> str:
 
 def zh_time(random: Random) -> tuple[str, str]:
     """A time as it is said, and its normal form."""
-    if random.random() < 0.12:
+    if random.random() < 0.15:
         return pick(random, (("中午十二点", "12:00"), ("零点", "00:00")))
     hour, minute = draw_time(random)
     style = pick(random, ("24 hours", "12 hours", "words"))
@@ -332,7 +322,7 @@ def zh_one(random: Random) -> Sentence:
     """One command, now or at a time."""
     command = draw_command(random)
     clause = zh_clause(random, command, zh_thing(random, command))
-    if random.random() < 0.3:
+    if random.random() < 0.25:
         return clause, [command]
     said, time = zh_time(random)
     return pick(random, (f"{said}{clause}", f"在{said}{clause}")), [with_time(command, time)]
@@ -384,8 +374,7 @@ def make_rows(language: Language, count: int) -> list[dict[str, str]]:
     while len(rows) < count:
         sentence, commands = language.say(random)
         prompt = language.wrap(random, sentence)
-        answers = [command.answer() for command in commands]
-        answer = answers[0] if len(answers) == 1 else answers
+        answer = [command.answer() for command in commands]
         completion = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
         rows.setdefault(sentence, {"prompt": prompt, "completion": completion})
     return list(rows.values())

@@ -29,7 +29,7 @@ def estimate_gib(config: Any, total: int, trainable: int, longest: int, paramete
     else:
         activations = tokens * per_layer * text.num_hidden_layers
     logits = 2 * min(tokens, 4096) * text.vocab_size * 4.0
-    return (weights + state + activations * _BYTES[dtype] + logits) / 2**30
+    return float(weights + state + activations * _BYTES[dtype] + logits) / 2**30
 
 
 def available_gib() -> float | None:

@@ -101,7 +101,7 @@ class Repeatable:
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         p = self.job.parameters
         self.args.warmup_steps = warmup_steps(p["warmup_steps"], p["warmup_ratio"], num_training_steps)
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         keep_above_floor(scheduler, p["lr_decay_ratio"])
         return scheduler
 
@@ -109,7 +109,7 @@ class Repeatable:
         mask = inputs["attention_mask"]
         self.real_positions = getattr(self, "real_positions", 0) + int(mask.sum())
         self.all_positions = getattr(self, "all_positions", 0) + mask.numel()
-        return super().training_step(model, inputs, *rest, **named)
+        return super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
 
 
 class LengthGroupedOrder(Sampler[int]):
@@ -230,7 +230,7 @@ class EventWriter(TrainerCallback):
 def peak_memory_gib() -> float:
     """Highest memory so far in GiB: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return float(torch.cuda.max_memory_allocated()) / 2**30
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,284 @@
+"""The command line: `tuneline`.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.errors import UserError
+from configs.settings import load_settings
+from flows import cli_datasets, cli_deployments, cli_methods, cli_models, cli_trains
+from flows.printing import print_fields, print_json, print_scores, print_table
+
+if TYPE_CHECKING:
+    from configs.records import ModelRecord
+
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_CANCELLED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")]
+
+app = typer.Typer(
+    name="tuneline",
+    help="From a base model and a dataset to a model people can call, with the record of how it got there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cli_trains.app, name="trains")
+app.add_typer(cli_datasets.app, name="datasets")
+app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_methods.app, name="methods")
+app.add_typer(cli_deployments.app, name="deployments")
+
+
+@app.callback()
+def common(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log lines of Prefect and MLflow.")] = False,
+) -> None:
+    """Options of every command."""
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+
+
+@app.command()
+def train(
+    file: Annotated[Path | None, typer.Argument(help="YAML file of the train.")] = None,
+    set_: Sets = [],  # noqa: B006 - typer reads the default, nobody changes it
+    preset: Annotated[str | None, typer.Option(help="Documented values to start from, such as nl2json.")] = None,
+    through: Annotated[str | None, typer.Option(help="How far: customized, complete or deployed.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and start nothing.")] = False,
+) -> None:
+    """Train a model from a file."""
+    from configs.resolve import resolve_train
+
+    overrides = [*set_, *([f"through={through}"] if through else [])]
+    resolved = resolve_train(file, overrides, preset=preset)
+    cli_trains.show_configuration(resolved)
+    if dry_run:
+        cli_trains.check_only(resolved)
+        return
+    cli_trains.start(resolved)
+
+
+@app.command()
+def save(train: Annotated[str, typer.Argument(help="A train, or the customized model of one.")]) -> None:
+    """Make the complete model of a train: merged, verified, self-contained."""
+    cli_trains.embedded()
+    from flows.complete import complete
+    from tasks.models import find_model
+
+    model: ModelRecord = complete(model=find_model(train).name)
+    print_fields({"complete model": model.name, "folder": model.path, **model.verification})
+
+
+@app.command()
+def deploy(
+    model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
+    target: Annotated[str, typer.Option(help="What serves it.")] = "transformers",
+    endpoint: Annotated[str | None, typer.Option(help="Endpoint; by default named after the model's line.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit; by default none.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of a new endpoint; by default a free one from 8100.")] = None,
+) -> None:
+    """Serve a model behind an OpenAI-compatible endpoint; the one before it stays until this one is proved."""
+    cli_trains.embedded()
+    from flows.deployed import deployed
+
+    served = deployed(model=model, endpoint=endpoint, target=target, quantization=quantization, port=port)
+    cli_deployments.show(served)
+
+
+@app.command()
+def undeploy(endpoint: Annotated[str, typer.Argument(help="Name of the endpoint.")]) -> None:
+    """Stop serving at an endpoint; its address and history are kept."""
+    cli_trains.embedded()
+    from tasks.deploying import undeploy as stop
+
+    stop(endpoint)
+    print(f"nothing is served at {endpoint} any more; `tuneline deployments rollback {endpoint}` brings it back")
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always gives the likeliest answer.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Start of the random choices.", min=0)] = 42,
+    json_: Json = False,
+) -> None:
+    """Ask a model one question, without deploying it."""
+    cli_trains.embedded()
+    from tasks.inference import Generation, answer_prompts
+    from tasks.models import find_model
+
+    messages = [{"role": "system", "content": system}] if system else []
+    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    found = find_model(model)
+    answer = answer_prompts(found, [[*messages, {"role": "user", "content": prompt}]], generation)[0]
+    if json_:
+        print_json({"model": found.name, **answer.model_dump()})
+        return
+    print(answer.answer)
+    if answer.hit_limit:
+        print(f"(cut at {max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
+    dataset: Annotated[str, typer.Option(help="A file, or the name of a dataset.")],
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
+    completion_column: Annotated[str | None, typer.Option(help="Column of the expected answer.")] = None,
+    samples: Annotated[int, typer.Option(help="How many rows; -1 for all.", min=-1)] = -1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    json_: Json = False,
+) -> None:
+    """Score a model's answers to the rows of a dataset; recorded in MLflow."""
+    cli_trains.embedded()
+    from configs.datasets import Columns
+    from tasks.datasets import resolve_dataset
+    from tasks.evaluation import evaluate_and_record
+    from tasks.inference import Generation
+    from tasks.models import find_model
+
+    version = resolve_dataset(dataset, Columns(prompt=prompt_column, completion=completion_column))
+    with cli_trains.terminal_line("evaluating") as follow:
+        outcome = evaluate_and_record(
+            find_model(model), version, Generation(max_new_tokens=max_new_tokens), samples, follow
+        )
+    if json_:
+        print_json({"model": outcome.model, "dataset": outcome.dataset, **outcome.scores.model_dump()})
+        return
+    print_scores(None, outcome.figures, ("", outcome.model))
+    print(f"{outcome.rows} rows of {outcome.dataset}; {outcome.scores.tokeniser}")
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="JSON Lines with `prediction` and `reference`.")],
+    stop_words: Annotated[Path | None, typer.Option(help="File of words to ignore, one a line.")] = None,
+    json_: Json = False,
+) -> None:
+    """Score answers against references: accuracy, F1, ROUGE-1/2/L, BLEU-4, in percent."""
+    from tasks.scoring import score_file
+
+    scores = score_file(file, stop_words) if stop_words else score_file(file)
+    if json_:
+        print_json(scores.model_dump())
+        return
+    print_scores(None, scores.model_dump(), ("", file.name))
+    print(f"{scores.rows} rows, {scores.empty_predictions} of them without an answer; {scores.tokeniser}")
+
+
+@app.command()
+def up() -> None:
+    """Start the Prefect server, the MLflow server and a worker, on loopback."""
+    from deployments.services import up as start
+    from deployments.services import what_to_click
+
+    _show_services(start(load_settings()))
+    print(what_to_click(load_settings()))
+
+
+@app.command()
+def down() -> None:
+    """Stop exactly what `up` started."""
+    from deployments.services import down as stop
+
+    _show_services(stop(load_settings()))
+
+
+@app.command()
+def status(json_: Json = False) -> None:
+    """What is running: servers, trains, endpoints."""
+    from deployments.services import status as told
+    from tasks.endpoints import list_endpoints
+    from tasks.trains import current_status, list_trains
+
+    services = told(load_settings())
+    running = [record for record in list_trains() if current_status(record) == "running"]
+    endpoints = list_endpoints()
+    if json_:
+        print_json(
+            {
+                "services": [item.model_dump(mode="json") for item in services],
+                "trains": [record.id for record in running],
+                "endpoints": [item.model_dump(mode="json") for item in endpoints],
+            }
+        )
+        return
+    _show_services(services)
+    print_table(("Running train", "Since"), [(r.id, r.created) for r in running], "no train is running")
+    cli_deployments.show_all(endpoints)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Check this host: versions, hardware, disk, ports."""
+    from deployments.doctor import diagnose
+
+    checks = diagnose(load_settings())
+    if json_:
+        print_json([check.model_dump(mode="json") for check in checks])
+    else:
+        rows = [("✓" if c.ok else "✗", c.name, c.found, None if c.ok else c.mend) for c in checks]
+        print_table(("", "Check", "Found", "To mend"), rows, "nothing to check")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo() -> None:
+    """The whole main job on a small real model: train, score, merge, deploy, ask."""
+    cli_trains.embedded()
+    from flows.demo import run_demo
+
+    run_demo()
+
+
+def _show_services(services: list[Any]) -> None:
+    rows = [(item.name, item.state, item.address, item.pid) for item in services]
+    print_table(("Service", "State", "Address", "Process"), rows, "nothing is running")
+
+
+def main() -> None:
+    """Run the command line; 0 only if it worked, 2 for a mistake of the user, 1 for a failure, 130 if cancelled."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(EXIT_CANCELLED)
+    except Exception as error:
+        sys.exit(_failure(error))
+
+
+def _failure(error: Exception) -> int:
+    """Tell a stage's end without our own traceback; anything else is a defect and keeps it."""
+    from tasks.stages import StageCancelled, StageFailed
+
+    if isinstance(error, StageCancelled):
+        print("cancelled; `tuneline trains resume` goes on from the checkpoint", file=sys.stderr)
+        return EXIT_CANCELLED
+    if isinstance(error, StageFailed):
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    raise error
+
+
+if __name__ == "__main__":
+    main()

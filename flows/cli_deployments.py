@@ -1,0 +1,96 @@
+"""`tuneline deployments`: what is served, its log, going back to an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.printing import print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from configs.endpoints import Endpoint, EndpointStatus
+
+app = typer.Typer(help="Endpoints and what is served at them.", invoke_without_command=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Name = Annotated[str, typer.Argument(metavar="ENDPOINT", help="Name of the endpoint.")]
+
+
+@app.callback()
+def list_(context: typer.Context, json_: Json = False) -> None:
+    """Every endpoint with its address, its model and whether it answers."""
+    if context.invoked_subcommand is not None:
+        return
+    from tasks.endpoints import list_endpoints
+
+    endpoints = list_endpoints()
+    if json_:
+        print_json([item.model_dump(mode="json") for item in endpoints])
+        return
+    show_all(endpoints)
+
+
+@app.command()
+def log(
+    endpoint: Name,
+    lines: Annotated[int, typer.Option(help="How many of the last lines.", min=1)] = 200,
+    gateway: Annotated[bool, typer.Option("--gateway", help="The log of the address instead of the model's.")] = False,
+) -> None:
+    """The log of an endpoint's model server."""
+    from tasks.endpoints import endpoint_log
+
+    print(endpoint_log(endpoint, source="gateway" if gateway else "model", lines=lines))
+
+
+@app.command()
+def rollback(
+    endpoint: Name, to: Annotated[str | None, typer.Option(help="Deployed model; by default the one before.")] = None
+) -> None:
+    """Go back to the deployment before the current one."""
+    from flows.cli_trains import embedded
+
+    embedded()
+    from tasks.deploying import roll_back
+
+    show(roll_back(endpoint, to))
+
+
+@app.command()
+def restart(endpoint: Name) -> None:
+    """Start again what is down of an endpoint, after the host was restarted, say."""
+    from tasks.endpoints import restart as bring_up
+
+    show(bring_up(endpoint))
+
+
+@app.command()
+def key(endpoint: Name) -> None:
+    """Set the endpoint's API key to the one in TUNELINE_ENDPOINT_KEY, or remove it if that is not set."""
+    from tasks.endpoints import set_api_key
+
+    changed = set_api_key(endpoint)
+    print(f"{endpoint} {'asks for its key' if changed.api_key_sha256 else 'needs no key'} from now on")
+
+
+def show(endpoint: Endpoint) -> None:
+    """Print what is served where."""
+    current = endpoint.current_deployment
+    proof = current.verification if current else None
+    print_fields(
+        {
+            "endpoint": endpoint.name,
+            "address": endpoint.address,
+            "model": endpoint.current,
+            "verified": proof
+            and f"{proof.prompts_checked} prompts and {proof.answers_checked} answers equal the model's own"
+            + (f" ({proof.answers_skipped})" if proof.answers_skipped else ""),
+        }
+    )
+
+
+def show_all(endpoints: Sequence[EndpointStatus]) -> None:
+    """Print the endpoints as a table."""
+    rows = [(e.name, e.address, e.current, e.state) for e in endpoints]
+    print_table(("Endpoint", "Address", "Model", "State"), rows, "nothing is deployed; `tuneline deploy MODEL`")

@@ -1,0 +1,52 @@
+"""`tuneline methods`: list, show."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flows.printing import print_fields, print_json, print_table
+
+app = typer.Typer(help="Training methods.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """Every training method."""
+    from methods.registry import load_methods
+
+    methods = load_methods().values()
+    if json_:
+        print_json([method.model_dump(mode="json") for method in methods])
+        return
+    rows = [(m.name, m.types, " → ".join(m.lifecycle), m.description) for m in methods]
+    print_table(("Method", "Types", "Lifecycle", "Description"), rows, "no methods")
+
+
+@app.command()
+def show(method: Annotated[str, typer.Argument(help="Name of a method.")], json_: Json = False) -> None:
+    """One method: its stages, and every parameter it takes."""
+    from configs.reference import parameter_table
+    from methods.registry import find_method
+
+    found = find_method(method)
+    if json_:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_fields(
+        {
+            "method": found.name,
+            "description": found.description,
+            "types": found.types,
+            "lifecycle": " → ".join(found.lifecycle),
+            "targets": found.deployment_targets,
+            "hardware": ", ".join(f"{k} {v}" for k, v in found.hardware.model_dump().items()),
+            "folder": found.folder,
+        }
+    )
+    rows = [(name, stage.file, stage.environment) for name, stage in found.stages.items()]
+    print_table(("Stage", "File", "Environment"), rows, "no stages")
+    print(parameter_table())

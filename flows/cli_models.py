@@ -1,0 +1,91 @@
+"""`tuneline models`: list, add, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.errors import UserError
+from configs.settings import load_settings
+from flows.printing import print_fields, print_json, print_table
+
+app = typer.Typer(help="Models: preset base models, and the ones made here.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """Base models, and every customized and complete model with its aliases."""
+    from configs.base_models import load_base_models
+    from flows.cli_trains import embedded
+
+    embedded()
+    from tasks.models import aliases_by_model, list_models
+
+    bases = load_base_models(load_settings())
+    models = list_models()
+    aliases = aliases_by_model() if models else {}
+    if json_:
+        mine = [{**m.model_dump(mode="json"), "aliases": aliases.get(m.name, [])} for m in models]
+        print_json({"preset": [entry.model_dump(mode="json") for entry in bases.values()], "mine": mine})
+        return
+    sources = [
+        (e.name, e.type, e.path or e.hub or (e.wheel and e.wheel.requirement), e.license) for e in bases.values()
+    ]
+    print_table(("Base model", "Type", "Source", "License"), sources, "none", title="Preset")
+    rows = [(m.name, m.stage, m.line, aliases.get(m.name, []), m.base, m.created) for m in models]
+    print_table(
+        ("Model", "Stage", "Line", "Aliases", "Base", "Created"), rows, "no models of your own yet", title="Mine"
+    )
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Name to choose it by.")],
+    path: Annotated[Path | None, typer.Option(help="Local folder with config.json and safetensors.")] = None,
+    hub: Annotated[str | None, typer.Option(help="Hub id OWNER/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file that replaces the model's template.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title.")] = None,
+    description: Annotated[str, typer.Option(help="Description.")] = "",
+    license_: Annotated[str, typer.Option("--license", help="License.")] = "",
+) -> None:
+    """Register a base model of your own: a local folder or a hub id."""
+    from configs.base_models import BaseModelEntry, add_base_model
+
+    if (path is None) == (hub is None):
+        raise UserError("a base model has one source", field="--path, --hub", expected="exactly one of the two")
+    entry = BaseModelEntry(
+        name=name,
+        title=title or name,
+        path=path,
+        hub=hub,
+        revision=revision,
+        chat_template=chat_template.read_text(encoding="utf-8") if chat_template else None,
+        description=description,
+        license=license_,
+    )
+    print(f"{add_base_model(entry, load_settings()).name} can be chosen as a base model")
+
+
+@app.command()
+def show(model: Annotated[str, typer.Argument(help="Name, LINE@ALIAS, or a train.")], json_: Json = False) -> None:
+    """One model: what it is, where it lies, where it comes from."""
+    from configs.base_models import load_base_models
+    from flows.cli_trains import embedded
+
+    bases = load_base_models(load_settings())
+    if model in bases:
+        content = bases[model].model_dump(mode="json", exclude_none=True)
+    else:
+        embedded()
+        from tasks.models import find_model
+
+        content = find_model(model).model_dump(mode="json", exclude_none=True)
+    if json_:
+        print_json(content)
+        return
+    print_fields(content)

@@ -1,0 +1,254 @@
+"""`tuneline trains`: list, show, log, cancel, resume, copy, compare; and how a train is started and shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.errors import UserError
+from configs.settings import load_settings
+from flows.printing import console, print_fields, print_json, print_scores, print_table
+
+if TYPE_CHECKING:
+    from configs.endpoints import Endpoint
+    from configs.records import ModelRecord, TrainRecord
+    from configs.resolve import ResolvedTrain
+
+app = typer.Typer(help="Trains: what ran, how it went, and running it again.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Train = Annotated[str, typer.Argument(metavar="TRAIN", help="Id of a train, or its name for the newest.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")]
+
+
+def embedded() -> None:
+    """Point this process at the servers that run, or at the embedded ones; before Prefect or MLflow is imported."""
+    from deployments.services import connect
+
+    connect(load_settings())
+
+
+def show_configuration(resolved: ResolvedTrain) -> None:
+    """Print every value with where it came from, and what is worth telling."""
+    from configs.resolve import describe
+
+    print_table(("Parameter", "Value", "From"), describe(resolved), "no parameters")
+    for warning in resolved.warnings:
+        console().print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def check_only(resolved: ResolvedTrain) -> None:
+    """Check method, base model and datasets without changing anything. Raises UserError for the first fault."""
+    from configs.base_models import find_base_model
+    from configs.datasets import Columns
+    from methods.registry import find_method
+    from tasks.datasets import check_reference
+
+    config = resolved.config
+    find_method(config.method)
+    find_base_model(config.base_model, load_settings())
+    columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
+    for field in ("dataset", "validation_dataset", "evaluation_dataset"):
+        if (reference := getattr(config, field)) is not None:
+            report = check_reference(reference, columns, config.dataset_shape, allow_refused=config.allow_refused_rows)
+            print(f"{field}: {report.rows_kept} of {report.rows_read} rows of {reference} ({report.shape})")
+    print("this train would run")
+
+
+def start(resolved: ResolvedTrain) -> TrainRecord:
+    """Run a train through to where it is to go, with a live line, and print what came out."""
+    from configs.train import effective_through
+
+    embedded()
+    _run_flow(effective_through(resolved.config), {"train": resolved.config, "origins": resolved.origins})
+    from tasks.trains import load_train
+
+    record = load_train(resolved.config.name)
+    show_outcome(record)
+    return record
+
+
+def _run_flow(through: str, arguments: dict[str, Any]) -> ModelRecord | Endpoint:
+    from flows.complete import complete
+    from flows.customized import customized
+    from flows.deployed import deployed
+    from tasks.progress import TerminalLine
+
+    TerminalLine.on = True
+    flows: dict[str, Callable[..., Any]] = {"customized": customized, "complete": complete, "deployed": deployed}
+    result: ModelRecord | Endpoint = flows[through](**arguments)
+    return result
+
+
+def show_outcome(record: TrainRecord) -> None:
+    """Print what a train made and how good it is."""
+    from tasks.models import list_models
+
+    made = [model.name for model in list_models() if model.train == record.id]
+    print_fields(
+        {"train": record.id, "status": record.status, "models": "\n".join(made), **record.outcome, "run": record.run_id}
+    )
+    if "tuned" in record.evaluation:
+        print_scores(record.evaluation.get("base"), record.evaluation["tuned"], ("Base", "Fine-tuned"))
+
+
+@contextmanager
+def terminal_line(title: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A live line for a stage that runs outside a flow; yields the handler of its events."""
+    import logging
+
+    from tasks.progress import StageProgress, TerminalLine
+
+    line = TerminalLine(title)
+    with line.bar:
+        yield StageProgress(title, line, logging.getLogger("tuneline"), None).follow
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """Every train of this host, oldest first."""
+    from tasks.trains import current_status, list_trains
+
+    records = list_trains()
+    if json_:
+        print_json([{**record.model_dump(mode="json"), "status": current_status(record)} for record in records])
+        return
+    rows = [
+        (
+            record.id,
+            current_status(record),
+            record.config.method,
+            record.base or record.config.base_model,
+            record.dataset or record.config.dataset,
+            record.outcome.get("loss"),
+            record.evaluation.get("tuned", {}).get("accuracy"),
+            record.created,
+        )
+        for record in records
+    ]
+    columns = ("Train", "Status", "Method", "Base model", "Dataset", "Loss", "Accuracy %", "Created")
+    print_table(columns, rows, "no trains yet; `tuneline train FILE` starts one")
+
+
+@app.command()
+def show(train: Train, json_: Json = False) -> None:
+    """Everything about one train: parameters with their origins, models, scores."""
+    from configs.resolve import ResolvedTrain
+    from tasks.trains import current_status, load_train, sync_curves
+
+    embedded()
+    record = load_train(train)
+    status = current_status(record)
+    if status != "running":
+        sync_curves(record)
+    if json_:
+        print_json({**record.model_dump(mode="json"), "status": status})
+        return
+    show_configuration(ResolvedTrain(config=record.config, origins=record.origins))
+    show_outcome(record.model_copy(update={"status": status}))
+    if record.reason:
+        print(f"reason: {record.reason}")
+
+
+@app.command()
+def log(
+    train: Train, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the train ends.")] = False
+) -> None:
+    """The log of a train."""
+    from methods.contract import LOG_FILE
+    from tasks.trains import current_status, load_train, train_folder
+
+    record = load_train(train)
+    path = train_folder(record.id) / "training" / LOG_FILE
+    if not path.exists() and not follow:
+        raise UserError("this train has no log yet", field="train", value=record.id)
+    offset = 0
+    while True:
+        running = current_status(load_train(record.id)) == "running"
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                text = file.read()
+            offset += len(text)
+            print(text.decode("utf-8", errors="replace"), end="", flush=True)
+        if not (follow and running):
+            return
+        time.sleep(0.5)
+
+
+@app.command()
+def cancel(train: Train) -> None:
+    """Ask a running train to save a checkpoint and stop."""
+    from tasks.trains import cancel_train, load_train
+
+    record = load_train(train)
+    cancel_train(record)
+    print(f"{record.id} was asked to stop; `tuneline trains resume {record.id}` goes on from its checkpoint")
+
+
+@app.command()
+def resume(train: Train) -> None:
+    """Go on with a cancelled, failed or killed train, from its newest checkpoint."""
+    from configs.train import effective_through
+    from tasks.trains import current_status, load_train
+
+    record = load_train(train)
+    status = current_status(record)
+    if status in ("running", "completed"):
+        raise UserError(f"this train is {status}", field="train", value=record.id)
+    embedded()
+    _run_flow(effective_through(record.config), {"resume": record.id})
+    show_outcome(load_train(record.id))
+
+
+@app.command()
+def copy(
+    train: Train,
+    set_: Sets = [],  # noqa: B006 - typer reads the default, nobody changes it
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; else it is printed.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Start the copy as well.")] = False,
+) -> None:
+    """The configuration of a train as a file, with changes; the way to try one thing differently."""
+    from configs.resolve import resolve_train
+    from tasks.files import write_text
+    from tasks.tracking import train_yaml
+    from tasks.trains import load_train
+
+    record = load_train(train)
+    copied = record.config.model_dump(mode="json")
+    resolved = resolve_train(None, set_, copied=copied, copied_from=record.id)
+    text = f"# Copied from {record.id}\n{train_yaml(resolved.config)}"
+    if output is not None:
+        write_text(output, text)
+        print(f"written to {output}; `tuneline train {output}` starts it")
+    elif not run:
+        print(text, end="")
+    if run:
+        show_configuration(resolved)
+        start(resolved)
+
+
+@app.command()
+def compare(
+    trains: Annotated[list[str], typer.Argument(metavar="TRAIN...", help="Two or more trains.")], json_: Json = False
+) -> None:
+    """Trains side by side: the parameters that differ, the outcomes, the scores."""
+    from tasks.comparing import compare_trains
+    from tasks.trains import load_train
+
+    if len(trains) < 2:
+        raise UserError("comparing needs at least two trains", field="TRAIN", value=trains)
+    comparison = compare_trains([load_train(train) for train in trains])
+    if json_:
+        print_json(comparison.model_dump(mode="json"))
+        return
+    columns = ("", *comparison.trains)
+    differing = [(name, *values) for name, values in comparison.parameters.items()]
+    print_table(columns, differing, "no parameter differs", title="Parameters that differ")
+    figures = [(name, *values) for name, values in comparison.figures.items()]
+    print_table(columns, figures, "no figures yet", title="Outcome")
