@@ -19,18 +19,26 @@ Target = Literal["transformers"]
 DeploymentState = Literal["starting", "current", "retired", "failed"]
 
 
-def _no_parent_folder(name: str) -> str:
+MODEL_NAME_BYTES = 200
+"""Longest name of a model in UTF-8: it is the name of a folder, of which a file system takes 255 bytes."""
+
+
+def _usable_as_folder(name: str) -> str:
     if ".." in name:
         raise ValueError("may not contain '..'")
+    if len(name.encode()) > MODEL_NAME_BYTES:
+        raise ValueError(f"may not have more than {MODEL_NAME_BYTES} bytes in UTF-8")
     return name
 
 
-EndpointName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
-# No '@' and no ':': `transformers serve` reads a revision or a GGUF file after them. No '/': the name is a
-# folder.
-ModelName = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"), AfterValidator(_no_parent_folder)
+EndpointName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$"),
+    Field(json_schema_extra={"limits": "a-z, 0-9 and - inside (at most 63), as in a host name"}),
 ]
+# No '@' and no ':': `transformers serve` reads a revision or a GGUF file after them. No '/': the name is a folder.
+# Letters of any script: the name of a train, which may be Chinese, is a part of it.
+ModelName = Annotated[str, StringConstraints(pattern=r"^[^\W_][\w.-]*$"), AfterValidator(_usable_as_folder)]
 
 
 class _Record(BaseModel):
@@ -41,7 +49,7 @@ class ProcessReference(_Record):
     """A process that can be told from a later one to which the system gave the same pid."""
 
     pid: int = Field(gt=0)
-    started: float = Field(description="Start of the process, seconds since the epoch.")
+    started: float = Field(description="When the process began, in the unit of `process_start()`.")
 
 
 class Probe(_Record):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from configs.train import TrainConfig
 
-TrainStatus = Literal["running", "completed", "failed", "cancelled"]
+TrainStatus = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 ModelStage = Literal["base", "trained", "customized", "complete"]
 
 
@@ -42,7 +42,11 @@ class ModelRecord(BaseModel):
     dataset: str | None = None
     created: datetime = Field(default_factory=now)
     registered_version: str | None = None
-    evaluation: dict[str, float] = Field(default_factory=dict)
+    evaluation: dict[str, float] = Field(default_factory=dict, description="Scores in percent.")
+    evaluated: str | None = Field(
+        default=None,
+        description="The model whose answers were scored: itself, or the one that it was proved to be equal to.",
+    )
     verification: dict[str, Any] = Field(default_factory=dict)
 
 

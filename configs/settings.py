@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from configs.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,8 +78,20 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """The settings of the environment as it is now (not cached, so that tests can move the home)."""
-    return Settings()
+    """The settings of the environment as it is now (not cached, so that tests can move the home).
+
+    Raises UserError for a variable with an impossible value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            "an environment variable has an impossible value",
+            field=f"TUNELINE_{str(first['loc'][0]).upper()}",
+            value=first["input"],
+            expected=first["msg"],
+        ) from error
 
 
 def apply_environment(settings: Settings) -> None:

@@ -13,10 +13,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from configs.datasets import RequestedShape
+from configs.endpoints import EndpointName
 
 DX = "DeepExtension, parameter reference table"
 QIANFAN = "Baidu Qianfan, limits of Baichuan2-7B-Chat"
 PANGU = "Huawei Pangu, supervised fine-tuning parameters"
+
+TRAIN_NAME_BYTES = 100
+"""Longest name of a train in UTF-8: folders are named BASE_TRAIN_YYYYMMDD_xxxx_s_xxxx_d_xxxx_QUANT after it."""
 
 
 class Typical(TypedDict):
@@ -61,6 +65,12 @@ def _slug(value: str) -> str:
     return value
 
 
+def _train_name(value: str) -> str:
+    if len(value.encode()) > TRAIN_NAME_BYTES:
+        raise PydanticCustomError("train_name", "too long for the folders that are named after it")
+    return value
+
+
 def _targets(value: object) -> object:
     """`q_proj,v_proj` and `[q_proj, v_proj]` mean the same; `all-linear` stays as it is."""
     if isinstance(value, str) and value != "all-linear":
@@ -83,7 +93,7 @@ NotNegative = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
 Share = Annotated[float, Field(gt=0, lt=1), BeforeValidator(_no_bool)]
 Rows = Annotated[
     int,
-    Field(ge=-1, json_schema_extra={"limits": "-1 for all, or a whole number ≥ 1"}),
+    Field(ge=-1, json_schema_extra={"limits": "-1 for all, or a whole number ≥ 1", "not": {"const": 0}}),
     BeforeValidator(_no_bool),
     AfterValidator(_not_zero),
 ]
@@ -94,7 +104,19 @@ Slug = Annotated[
         min_length=1,
         max_length=60,
         json_schema_extra={
-            "limits": "letters, digits, - _ . (at most 60; first a letter or digit, no `..`, no dot at the end)"
+            "limits": "letters, digits, - _ . (at most 60; first a letter or digit, no `..`, no dot at the end)",
+            # What `_slug` says, for the form; not a `pattern=`, because pydantic's expressions look neither way.
+            "pattern": r"^(?!.*\.\.)[^\W_][\w.-]*(?<!\.)$",
+        },
+    ),
+]
+TrainName = Annotated[
+    Slug,
+    AfterValidator(_train_name),
+    Field(
+        json_schema_extra={
+            "limits": f"letters, digits, - _ . (at most 60, and {TRAIN_NAME_BYTES} bytes in UTF-8: 33 Chinese "
+            "characters; first a letter or digit, no `..`, no dot at the end)",
         },
     ),
 ]
@@ -324,7 +346,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    name: Slug = Field(title="Name", description="Name of the train, part of the name of its model.")
+    name: TrainName = Field(title="Name", description="Name of the train, part of the name of its model.")
     description: str = Field(default="", max_length=500, title="Description", description="What this train is for.")
     method: Slug = Field(default="sft", title="Training method", description="A registered training method.")
     base_model: Text = Field(
@@ -381,7 +403,7 @@ class TrainConfig(BaseModel):
         title="Through",
         description="How far the train goes. Not set: customized for an adapter, complete for full tuning.",
     )
-    endpoint: Slug | None = Field(
+    endpoint: EndpointName | None = Field(
         default=None, title="Endpoint", description="Endpoint to deploy to. Not set: one named by the train."
     )
     hyperparameters: Hyperparameters = Field(

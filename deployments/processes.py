@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 
 import psutil
 
 from configs.services import ServiceRecord
+from tasks.processes import find_process, is_running, with_descendants
 
 TOKEN_VARIABLE = "TUNELINE_SERVICE_TOKEN"  # noqa: S105 (a name, not a secret)
 
 
-def process_start(process: psutil.Process) -> float:
-    """Seconds that tell a process from a later one with the same id. Raises psutil.NoSuchProcess.
-
-    On Linux psutil's creation time moves when the clock is set, and the boot time along with it; their
-    difference is what the kernel really stores.
-    """
-    created = process.create_time()
-    return round(created - psutil.boot_time(), 2) if sys.platform == "linux" else created
-
-
 def is_alive(record: ServiceRecord) -> bool:
     """Whether the recorded process runs; false if its id belongs to another process by now."""
-    return _leader(record) is not None
+    return find_process(record.pid, record.process_start) is not None
 
 
 @dataclass(frozen=True)
@@ -44,8 +34,8 @@ def end_tree(record: ServiceRecord, stop_seconds: float, save_seconds: float) ->
     The service has `stop_seconds`; as long as something it started in a process group of its own lives (a
     flow run that saves a checkpoint), it has `save_seconds`.
     """
-    leader = _leader(record)
-    tree = _with_descendants([leader] if leader is not None else _orphans(record))
+    leader = find_process(record.pid, record.process_start)
+    tree = with_descendants([leader] if leader is not None else _orphans(record))
     found = frozenset(process.pid for process in tree)
     _terminate(record, tree)
     tree = _wait_gone(record, tree, stop_seconds, save_seconds)
@@ -55,16 +45,7 @@ def end_tree(record: ServiceRecord, stop_seconds: float, save_seconds: float) ->
         except psutil.NoSuchProcess:
             continue
     _, left = psutil.wait_procs(tree, timeout=stop_seconds)
-    return Ended(found=found, left=tuple(process.pid for process in left if _runs(process)))
-
-
-def _leader(record: ServiceRecord) -> psutil.Process | None:
-    try:
-        process = psutil.Process(record.pid)
-        same = abs(process_start(process) - record.process_start) < 0.02
-        return process if same and _runs(process) else None
-    except psutil.NoSuchProcess:
-        return None
+    return Ended(found=found, left=tuple(process.pid for process in left if is_running(process)))
 
 
 def _orphans(record: ServiceRecord) -> list[psutil.Process]:
@@ -81,16 +62,6 @@ def _orphans(record: ServiceRecord) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
-
-
-def _with_descendants(roots: list[psutil.Process]) -> list[psutil.Process]:
-    found = {process.pid: process for process in roots}
-    for root in roots:
-        try:
-            found |= {child.pid: child for child in root.children(recursive=True)}
-        except psutil.NoSuchProcess:
-            continue
-    return list(found.values())
 
 
 def _terminate(record: ServiceRecord, tree: list[psutil.Process]) -> None:
@@ -121,19 +92,11 @@ def _wait_gone(
     while tree:
         _, alive = psutil.wait_procs(tree, timeout=0.1)
         # Looked up again each time: until it reads the signal, a server may start one more process.
-        tree = _with_descendants([process for process in alive if _runs(process)])
+        tree = with_descendants([process for process in alive if is_running(process)])
         saving = any(_group(process) not in (record.pid, None) for process in tree)
         if time.monotonic() - begun > (save_seconds if saving else stop_seconds):
             break
     return tree
-
-
-def _runs(process: psutil.Process) -> bool:
-    # A zombie that its parent does not fetch (a container without an init) would be waited for in vain.
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _group(process: psutil.Process) -> int | None:

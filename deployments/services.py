@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
+import textwrap
 import time
 import uuid
 from collections.abc import Iterator
@@ -29,9 +29,11 @@ from pydantic import ValidationError
 from configs.errors import UserError
 from configs.services import Addresses, ServiceName, ServiceRecord, ServiceState, ServiceStatus
 from configs.settings import Settings, apply_environment
-from deployments.processes import TOKEN_VARIABLE, end_tree, is_alive, process_start
+from deployments.flow_deployments import WORK_POOL, deploy_flows
+from deployments.processes import TOKEN_VARIABLE, end_tree, is_alive
+from tasks.files import last_lines, write_record
+from tasks.processes import process_start
 
-WORK_POOL = "tuneline"
 SERVICES: tuple[ServiceName, ...] = ("prefect", "mlflow", "worker")
 START_SECONDS = 180.0
 # A server has nothing to save; a worker's flow runs get `grace_seconds` for their checkpoints instead.
@@ -46,7 +48,7 @@ _set_by_connect: dict[str, str] = {}
 
 
 def up(settings: Settings) -> list[ServiceStatus]:
-    """Start whichever of the three is missing and wait until all answer; harmless if they run already.
+    """Start whichever of the three is missing, wait until all answer, deploy the flows; harmless if they run already.
 
     Raises UserError if the host is open to the network, a port is taken, or one does not become healthy;
     what this call had started is then ended again.
@@ -57,6 +59,7 @@ def up(settings: Settings) -> list[ServiceStatus]:
         begun: list[ServiceRecord] = []
         try:
             servers = _bring_up_servers(settings, begun)
+            deploy_flows(settings, f"{servers[0].address}/api")
             worker = _bring_up_worker(settings, servers, begun)
         except BaseException:
             for record in reversed(begun):
@@ -123,6 +126,18 @@ def connect(settings: Settings) -> Addresses:
     settings.mlflow_database.parent.mkdir(parents=True, exist_ok=True)
     _point("MLFLOW_TRACKING_URI", found.mlflow or mlflow_database_uri(settings))
     return found
+
+
+def running_prefect_api(settings: Settings) -> str:
+    """The API address of the Prefect server to talk to: the one of the environment, else the one `up` started.
+
+    Raises UserError if there is none.
+    """
+    connect(settings)
+    address = os.environ.get("PREFECT_API_URL")
+    if address is None:
+        raise UserError("no Prefect server is running", mend="start one: tuneline up")
+    return address
 
 
 def what_to_click(settings: Settings) -> str:
@@ -269,6 +284,8 @@ def _environment(settings: Settings) -> dict[str, str]:
         "TUNELINE_HOME": str(settings.root),
         "PREFECT_HOME": str(settings.prefect_home),
         "PREFECT_WORKER_QUERY_SECONDS": WORKER_QUERY_SECONDS,
+        # The page asks this address; its default is port 4200 wherever the server listens.
+        "PREFECT_SERVER_UI_API_URL": f"{_server_address(settings, 'prefect')}/api",
         # The job runner is eight more processes and 1 GB, for features that Tuneline does not use.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONUNBUFFERED": "1",
@@ -292,8 +309,7 @@ def _wait_ready(settings: Settings, record: ServiceRecord) -> ServiceRecord:
 
 
 def _not_started(record: ServiceRecord, what: str) -> UserError:
-    last = record.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
-    tail = "\n".join(f"    {line}" for line in last) or "    (nothing)"
+    tail = textwrap.indent(last_lines(record.log, 20), "    ") or "    (nothing)"
     return UserError(
         f"the {record.name} service {what}; the end of its log is:\n{tail}",
         file=record.log,
@@ -490,12 +506,7 @@ def _read_record(settings: Settings, name: ServiceName) -> ServiceRecord | None:
 
 
 def _write_record(settings: Settings, record: ServiceRecord) -> None:
-    path = _record_path(settings, record.name)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(record.model_dump_json(indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    write_record(_record_path(settings, record.name), record, private=True)
 
 
 @contextmanager

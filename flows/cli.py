@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that `--help` answers at
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from configs.endpoints import Quantization, Target
 from configs.errors import UserError
 from configs.settings import load_settings
 from flows import cli_datasets, cli_deployments, cli_methods, cli_models, cli_trains
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_CANCELLED = 130
+_ABOUT_THE_HOST = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")]
@@ -47,7 +50,8 @@ def common(
 ) -> None:
     """Options of every command."""
     if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+        # The console only: the pages of Prefect show the lines of a run all the same.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
 
@@ -66,31 +70,45 @@ def train(
     resolved = resolve_train(file, overrides, preset=preset)
     cli_trains.show_configuration(resolved)
     if dry_run:
-        cli_trains.check_only(resolved)
+        cli_trains.check_first(resolved)
+        print("this train would run; nothing was started")
         return
     cli_trains.start(resolved)
 
 
 @app.command()
 def save(train: Annotated[str, typer.Argument(help="A train, or the customized model of one.")]) -> None:
-    """Make the complete model of a train: merged, verified, self-contained."""
+    """Make the complete model of a train: merged, verified, self-contained. One that has it already keeps it."""
+    found = cli_models.find(train)
+    if found.stage == "complete" and found.parent is not None:
+        found = cli_models.find(found.parent)
+    if found.stage != "customized":
+        raise UserError(
+            f"only a customized model can be saved, and this is a {found.stage} one",
+            field="train",
+            value=train,
+            expected="a train that left an adapter, or its customized model",
+        )
     cli_trains.embedded()
     from flows.complete import complete
-    from tasks.models import find_model
 
-    model: ModelRecord = complete(model=find_model(train).name)
+    model: ModelRecord = complete(model=found.name)
     print_fields({"complete model": model.name, "folder": model.path, **model.verification})
 
 
 @app.command()
 def deploy(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    target: Annotated[str, typer.Option(help="What serves it.")] = "transformers",
+    target: Annotated[Target, typer.Option(help="What serves it.")] = "transformers",
     endpoint: Annotated[str | None, typer.Option(help="Endpoint; by default named after the model's line.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="bnb-4bit or bnb-8bit; by default none.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of a new endpoint; by default a free one from 8100.")] = None,
+    quantization: Annotated[Quantization | None, typer.Option(help="Fewer bits here; by default none.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of a new endpoint; by default a free one from 8100.", min=1, max=65535)
+    ] = None,
 ) -> None:
     """Serve a model behind an OpenAI-compatible endpoint; the one before it stays until this one is proved."""
+    cli_models.find(model)  # a mistake is told before a flow is begun, which would be recorded
+    endpoint = cli_deployments.checked_name(endpoint)
     cli_trains.embedded()
     from flows.deployed import deployed
 
@@ -101,6 +119,9 @@ def deploy(
 @app.command()
 def undeploy(endpoint: Annotated[str, typer.Argument(help="Name of the endpoint.")]) -> None:
     """Stop serving at an endpoint; its address and history are kept."""
+    from tasks.endpoints import load_endpoint
+
+    load_endpoint(endpoint)
     cli_trains.embedded()
     from tasks.deploying import undeploy as stop
 
@@ -119,13 +140,12 @@ def infer(
     json_: Json = False,
 ) -> None:
     """Ask a model one question, without deploying it."""
+    found = cli_models.find(model)
     cli_trains.embedded()
     from tasks.inference import Generation, answer_prompts
-    from tasks.models import find_model
 
     messages = [{"role": "system", "content": system}] if system else []
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    found = find_model(model)
     answer = answer_prompts(found, [[*messages, {"role": "user", "content": prompt}]], generation)[0]
     if json_:
         print_json({"model": found.name, **answer.model_dump()})
@@ -146,18 +166,16 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score a model's answers to the rows of a dataset; recorded in MLflow."""
-    cli_trains.embedded()
+    found = cli_models.find(model)
     from configs.datasets import Columns
     from tasks.datasets import resolve_dataset
     from tasks.evaluation import evaluate_and_record
     from tasks.inference import Generation
-    from tasks.models import find_model
 
     version = resolve_dataset(dataset, Columns(prompt=prompt_column, completion=completion_column))
+    cli_trains.embedded()
     with cli_trains.terminal_line("evaluating") as follow:
-        outcome = evaluate_and_record(
-            find_model(model), version, Generation(max_new_tokens=max_new_tokens), samples, follow
-        )
+        outcome = evaluate_and_record(found, version, Generation(max_new_tokens=max_new_tokens), samples, follow)
     if json_:
         print_json({"model": outcome.model, "dataset": outcome.dataset, **outcome.scores.model_dump()})
         return
@@ -224,6 +242,20 @@ def status(json_: Json = False) -> None:
     cli_deployments.show_all(endpoints)
 
 
+@app.command("deploy-flows")
+def deploy_flows(json_: Json = False) -> None:
+    """Make the Prefect server's deployments match this installation: its methods, their forms, its base models."""
+    from deployments.flow_deployments import deploy_flows as apply
+    from deployments.services import running_prefect_api
+
+    settings = load_settings()
+    changes = apply(settings, running_prefect_api(settings))
+    if json_:
+        print_json([item.model_dump() for item in changes])
+        return
+    print_table(("Deployment", ""), [(item.deployment, item.change) for item in changes], "no deployments")
+
+
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Check this host: versions, hardware, disk, ports."""
@@ -256,19 +288,20 @@ def _show_services(services: list[Any]) -> None:
 def main() -> None:
     """Run the command line; 0 only if it worked, 2 for a mistake of the user, 1 for a failure, 130 if cancelled."""
     try:
-        app(standalone_mode=True)
+        app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        sys.exit(EXIT_CANCELLED)
+    except SystemExit as end:
+        if end.code == EXIT_CANCELLED:  # Ctrl-C
+            print("interrupted; what was finished is kept", file=sys.stderr)
+        raise
     except Exception as error:
         sys.exit(_failure(error))
 
 
 def _failure(error: Exception) -> int:
-    """Tell a stage's end without our own traceback; anything else is a defect and keeps it."""
+    """Tell a stage's end, or what the system refused, without our own traceback; a defect keeps it."""
     from tasks.stages import StageCancelled, StageFailed
 
     if isinstance(error, StageCancelled):
@@ -277,6 +310,9 @@ def _failure(error: Exception) -> int:
     if isinstance(error, StageFailed):
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _ABOUT_THE_HOST:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER
     raise error
 
 

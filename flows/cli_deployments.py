@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.errors import UserError
 from flows.printing import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def rollback(
 ) -> None:
     """Go back to the deployment before the current one."""
     from flows.cli_trains import embedded
+    from tasks.endpoints import load_endpoint
 
+    load_endpoint(endpoint)
     embedded()
     from tasks.deploying import roll_back
 
@@ -72,6 +75,24 @@ def key(endpoint: Name) -> None:
 
     changed = set_api_key(endpoint)
     print(f"{endpoint} {'asks for its key' if changed.api_key_sha256 else 'needs no key'} from now on")
+
+
+def checked_name(endpoint: str | None) -> str | None:
+    """The name of an endpoint to deploy to, as it is. Raises UserError if it can be none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from configs.endpoints import EndpointName
+
+    try:
+        TypeAdapter(EndpointName | None).validate_python(endpoint)
+    except ValidationError as error:
+        raise UserError(
+            "this is no name for an endpoint",
+            field="--endpoint",
+            value=endpoint,
+            expected="a-z, 0-9 and - inside (at most 63), as in a host name",
+        ) from error
+    return endpoint
 
 
 def show(endpoint: Endpoint) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from configs.errors import UserError
 from configs.settings import load_settings
 from flows.printing import print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from configs.records import ModelRecord
+
+NAME_LIMITS = "letters, digits, - _ . (at most 60; first a letter or digit)"
 
 app = typer.Typer(help="Models: preset base models, and the ones made here.", no_args_is_help=True)
 
@@ -54,37 +59,60 @@ def add(
     license_: Annotated[str, typer.Option("--license", help="License.")] = "",
 ) -> None:
     """Register a base model of your own: a local folder or a hub id."""
+    from pydantic import ValidationError
+
     from configs.base_models import BaseModelEntry, add_base_model
+    from configs.validation_errors import one_error, problems_of
+    from tasks.base_models import require_safetensors
 
     if (path is None) == (hub is None):
         raise UserError("a base model has one source", field="--path, --hub", expected="exactly one of the two")
-    entry = BaseModelEntry(
-        name=name,
-        title=title or name,
-        path=path,
-        hub=hub,
-        revision=revision,
-        chat_template=chat_template.read_text(encoding="utf-8") if chat_template else None,
-        description=description,
-        license=license_,
-    )
+    try:
+        entry = BaseModelEntry(
+            name=name,
+            title=title or name,
+            path=path,
+            hub=hub,
+            revision=revision,
+            chat_template=_text_of(chat_template) if chat_template else None,
+            description=description,
+            license=license_,
+        )
+    except ValidationError as error:
+        raise one_error(problems_of(error.errors(), {}, {"name": NAME_LIMITS}), None) from error
+    if path is not None and path.is_dir():
+        require_safetensors(path)
     print(f"{add_base_model(entry, load_settings()).name} can be chosen as a base model")
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the chat template cannot be read: {error}", file=file, field="--chat-template") from error
+
+
+def find(reference: str) -> ModelRecord:
+    """The model of a reference, before anything else is begun; MLflow is asked for LINE@ALIAS only."""
+    if "@" in reference:
+        from flows.cli_trains import embedded
+
+        embedded()
+    from tasks.models import find_model
+
+    return find_model(reference)
 
 
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="Name, LINE@ALIAS, or a train.")], json_: Json = False) -> None:
     """One model: what it is, where it lies, where it comes from."""
     from configs.base_models import load_base_models
-    from flows.cli_trains import embedded
 
     bases = load_base_models(load_settings())
     if model in bases:
         content = bases[model].model_dump(mode="json", exclude_none=True)
     else:
-        embedded()
-        from tasks.models import find_model
-
-        content = find_model(model).model_dump(mode="json", exclude_none=True)
+        content = find(model).model_dump(mode="json", exclude_none=True)
     if json_:
         print_json(content)
         return

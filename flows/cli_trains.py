@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +14,14 @@ import typer
 
 from configs.errors import UserError
 from configs.settings import load_settings
-from flows.printing import console, print_fields, print_json, print_scores, print_table
+from flows.printing import print_fields, print_json, print_scores, print_table, print_warning, print_wrapped
 
 if TYPE_CHECKING:
     from configs.endpoints import Endpoint
     from configs.records import ModelRecord, TrainRecord
     from configs.resolve import ResolvedTrain
+
+LEAST_FREE = 64 * 2**20  # two fresh databases, with room for the records of some trains
 
 app = typer.Typer(help="Trains: what ran, how it went, and running it again.", no_args_is_help=True)
 
@@ -27,43 +31,88 @@ Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Ch
 
 
 def embedded() -> None:
-    """Point this process at the servers that run, or at the embedded ones; before Prefect or MLflow is imported."""
+    """Point this process at the servers that run, or at the embedded ones; before Prefect or MLflow is imported.
+
+    Raises UserError if nothing can be written to the home folder.
+    """
     from deployments.services import connect
 
-    connect(load_settings())
+    settings = load_settings()
+    _require_room(settings.root)
+    connect(settings)
+
+
+def _require_room(home: Path) -> None:
+    """Databases that cannot grow fail in the middle of everything, and tell it badly."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(home).free
+    except OSError as error:
+        raise _unusable_home(home, error.strerror or str(error)) from error
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise _unusable_home(home, "no permission to write")
+    if free < LEAST_FREE:
+        raise UserError(
+            f"the disk is full: {free / 2**20:.0f} MiB are free, at least {LEAST_FREE / 2**20:.0f} MiB are needed",
+            file=home,
+            mend="free some space there, or set TUNELINE_HOME to a folder on a larger disk",
+        )
+
+
+def _unusable_home(home: Path, reason: str) -> UserError:
+    return UserError(
+        f"nothing can be written to the home folder: {reason}",
+        file=home,
+        field="TUNELINE_HOME",
+        mend="set TUNELINE_HOME to a folder of your own",
+    )
 
 
 def show_configuration(resolved: ResolvedTrain) -> None:
-    """Print every value with where it came from, and what is worth telling."""
-    from configs.resolve import describe
+    """Print every value with where it came from (defaults together, below the others), and what is worth telling."""
+    from configs.resolve import DEFAULT, describe
 
-    print_table(("Parameter", "Value", "From"), describe(resolved), "no parameters")
+    rows = [(name.removeprefix("hyperparameters."), _here(value), origin) for name, value, origin in describe(resolved)]
+    given = [(name, value, _short_origin(origin)) for name, value, origin in rows if origin != DEFAULT]
+    print_table(("Parameter", "Value", "From"), given, "every parameter has its default")
+    print("Defaults:")
+    print_wrapped([f"{name}: {value or '-'}" for name, value, origin in rows if origin == DEFAULT])
     for warning in resolved.warnings:
-        console().print(f"warning: {warning}", style="yellow", highlight=False)
+        print_warning(warning)
 
 
-def check_only(resolved: ResolvedTrain) -> None:
-    """Check method, base model and datasets without changing anything. Raises UserError for the first fault."""
-    from configs.base_models import find_base_model
-    from configs.datasets import Columns
-    from methods.registry import find_method
-    from tasks.datasets import check_reference
+def _short_origin(origin: str) -> str:
+    """A train has one file: its name and the line are enough, its folder stands in the command."""
+    kind, _, place = origin.partition(" ")
+    return f"{kind} {Path(place).name}" if kind == "file" else origin
 
-    config = resolved.config
-    find_method(config.method)
-    find_base_model(config.base_model, load_settings())
-    columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
-    for field in ("dataset", "validation_dataset", "evaluation_dataset"):
-        if (reference := getattr(config, field)) is not None:
-            report = check_reference(reference, columns, config.dataset_shape, allow_refused=config.allow_refused_rows)
-            print(f"{field}: {report.rows_kept} of {report.rows_read} rows of {reference} ({report.shape})")
-    print("this train would run")
+
+def _here(text: str) -> str:
+    """A path inside the working folder, as seen from there; any other text as it is."""
+    path = Path(text)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else text
+
+
+def check_first(resolved: ResolvedTrain) -> None:
+    """Check method, base model and datasets before anything is begun, and print what the train will read."""
+    from tasks.checking import check_train
+
+    reports = check_train(resolved.config)
+    rows = [
+        (name, f"{report.rows_kept} of {report.rows_read}", report.shape, _here(getattr(resolved.config, name)))
+        for name, report in reports.items()
+    ]
+    print_table(("Rows", "Used", "Shape", "From"), rows, "no dataset")
+    for report in reports.values():
+        for kind, count in {**report.refused, **report.warnings}.items():
+            print_warning(f"{_here(report.file)}: {count} rows: {kind.replace('_', ' ')}")
 
 
 def start(resolved: ResolvedTrain) -> TrainRecord:
-    """Run a train through to where it is to go, with a live line, and print what came out."""
+    """Check a train, run it through to where it is to go, with a live line, and print what came out."""
     from configs.train import effective_through
 
+    check_first(resolved)
     embedded()
     _run_flow(effective_through(resolved.config), {"train": resolved.config, "origins": resolved.origins})
     from tasks.trains import load_train
@@ -141,8 +190,8 @@ def show(train: Train, json_: Json = False) -> None:
     from configs.resolve import ResolvedTrain
     from tasks.trains import current_status, load_train, sync_curves
 
-    embedded()
     record = load_train(train)
+    embedded()
     status = current_status(record)
     if status != "running":
         sync_curves(record)

@@ -18,9 +18,7 @@ def train_to_complete(record: TrainRecord) -> ModelRecord:
     """Train and save as a complete model; fully trained weights are scored once they are saved."""
     trained = train_from_base(record)
     model = lifecycle.save_complete(trained)
-    if not trained.adapter:
-        lifecycle.evaluate_tuned(lifecycle.reload_train(record.id), model)
-    return model
+    return model if trained.adapter else lifecycle.evaluate_tuned(record, model)
 
 
 @flow(name="complete")
@@ -36,7 +34,7 @@ def complete(
         if found.stage != "customized":
             raise UserError("only a customized model can be saved", field="model", value=f"{model} ({found.stage})")
         return lifecycle.save_complete(found)
-    record = lifecycle.open_train(train, origins, resume)
+    record = lifecycle.open_train(train, origins, resume, "complete")
     with lifecycle.closing(record.id):
         return train_to_complete(record)
 

@@ -21,8 +21,7 @@ def train_from_base(record: TrainRecord) -> ModelRecord:
     if record.config.hyperparameters.tuning == "full":
         return lifecycle.trained_model(record)
     model = lifecycle.register_customized(record)
-    lifecycle.evaluate_tuned(record, model)
-    return model
+    return lifecycle.evaluate_tuned(record, model)
 
 
 @flow(name="customized")
@@ -30,7 +29,7 @@ def customized(
     train: TrainConfig | None = None, origins: dict[str, str] | None = None, resume: str | None = None
 ) -> ModelRecord:
     """Train an adapter from its configuration, or take up the train `resume`; returns the customized model."""
-    record = lifecycle.open_train(train, origins, resume)
+    record = lifecycle.open_train(train, origins, resume, "customized")
     with lifecycle.closing(record.id):
         return train_from_base(record)
 

@@ -28,7 +28,7 @@ def deployed(
     """Serve `model`, or the complete model of a train, at an endpoint; returns the endpoint."""
     if model is not None:
         return lifecycle.deploy_model(lifecycle.find_model(model), endpoint, target, quantization, port)
-    record = lifecycle.open_train(train, origins, resume)
+    record = lifecycle.open_train(train, origins, resume, "deployed", endpoint)
     with lifecycle.closing(record.id):
         made: ModelRecord = train_to_complete(record)
         return lifecycle.deploy_model(made, endpoint or record.config.endpoint, target, quantization, port)

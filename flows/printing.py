@@ -20,6 +20,7 @@ SCORE_TITLES = {
     "bleu_4": "BLEU-4",
     "hit_limit": "Cut at the limit",
 }
+_GAP = 2
 
 
 def console() -> Console:
@@ -35,23 +36,89 @@ def print_json(content: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str, title: str | None = None) -> None:
-    """Print rows under their headings, or the sentence `empty` if there are none."""
-    from rich.table import Table
-    from rich.text import Text
+    """Print rows under their headings, or the sentence `empty` if there are none.
 
+    Cells are wrapped between words. Where not even their longest words fit side by side, each row becomes a block:
+    its first cell, and the others below it with their headings. Nothing is ever cut.
+    """
     cells = [[_cell(value) for value in row] for row in rows]
     if not cells:
         print(empty)
-        return
-    table = Table(*columns, title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
+    elif len(columns) > 2 and _narrowest(columns, cells) > console().width:
+        _print_blocks(columns, cells, title)
+    else:
+        _print_grid(columns, cells, title)
+
+
+def _narrowest(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """The least width of the grid, in which every word is on one line."""
+    from rich.cells import cell_len
+
+    longest = (
+        max((cell_len(word) for text in texts for word in text.split()), default=0)
+        for texts in zip(columns, *cells, strict=True)
+    )
+    return sum(longest) + _GAP * (len(columns) - 1)
+
+
+def _print_grid(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        *columns,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        show_header=any(columns),
+        box=None,
+        padding=(0, _GAP, 0, 0),
+        pad_edge=False,
+    )
     for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
     console().print(table)
 
 
+def _print_blocks(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    out = console()
+    if title:
+        out.print(Text(title, style="bold"))
+    for first, *others in cells:
+        out.print(Text(first or "-", style="bold", overflow="fold"))
+        named = [f"{name} {cell}".strip() for name, cell in zip(columns[1:], others, strict=True)]
+        out.print(Padding(Text(" · ".join(named), overflow="fold"), (0, 0, 0, 2)))
+
+
 def print_fields(fields: Mapping[str, object]) -> None:
-    """Print one record, a field a line."""
+    """Print one record, a field a line; fields that are not set are left out."""
     print_table(("", ""), [(name, value) for name, value in fields.items() if value is not None], "nothing")
+
+
+def print_wrapped(items: Sequence[str]) -> None:
+    """Print short items one after the other, indented; a line breaks between items only, unless one is too long."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    out = console()
+    line = ""
+    for item in items:
+        if line and cell_len(line) + _GAP + cell_len(item) > out.width:
+            out.print(Text(line))
+            line = ""
+        line += " " * _GAP + item
+    out.print(Text(line, overflow="fold"))
+
+
+def print_warning(text: str) -> None:
+    """Print a warning, wrapped between words."""
+    from rich.text import Text
+
+    console().print(Text(f"warning: {text}", style="yellow", overflow="fold"))
 
 
 def print_scores(before: Mapping[str, float] | None, after: Mapping[str, float], names: tuple[str, str]) -> None:
@@ -72,7 +139,9 @@ def _cell(value: Any) -> str:
     if value is None or value == "":
         return "-"
     if isinstance(value, datetime):
-        return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        return value.astimezone().strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):

@@ -6,7 +6,7 @@ Standard library only, so that it works in any environment. A stage file needs t
 
     def main(job: contract.Job) -> dict[str, object]:
         for step in range(1, 101):
-            loss = ...
+            loss = 1 / step  # train
             job.metrics(step, loss=loss)
             job.progress(step, 100)
             if job.cancelled:
@@ -84,11 +84,11 @@ class Job:
 
     def metrics(self, step: int, **values: float) -> None:
         """Report values measured at `step`; they become curves of the same names."""
-        self._emit("metrics", step=step, values={name: float(value) for name, value in values.items()})
+        self._emit("metrics", step=int(step), values={name: float(value) for name, value in values.items()})
 
     def progress(self, step: int, total: int) -> None:
         """Report that `step` of `total` steps are done."""
-        self._emit("progress", step=step, total=total)
+        self._emit("progress", step=int(step), total=int(total))
 
     def phase(self, name: str) -> None:
         """Report what the stage is about to do."""
@@ -105,7 +105,8 @@ class Job:
     def _emit(self, kind: str, **content: object) -> None:
         event = {"time": time.time(), "type": kind, **content}
         # One write of one line: a reader never sees half an event, a kill leaves at most one torn line at the end.
-        os.write(self._events, (json.dumps(_finite(event), ensure_ascii=False) + "\n").encode())
+        # A name of a file may hold bytes that are no UTF-8: they are shown as `?`, they do not end the stage.
+        os.write(self._events, (json.dumps(_finite(event), ensure_ascii=False) + "\n").encode(errors="replace"))
 
 
 def run(main: Callable[[Job], Mapping[str, object]]) -> None:
@@ -113,8 +114,9 @@ def run(main: Callable[[Job], Mapping[str, object]]) -> None:
     job = Job(Path(sys.argv[1]))
     signal.signal(signal.SIGTERM, _remember_cancel(job))
     try:
-        result = {"status": "completed", **main(job)}
-        code = 0
+        result = {**main(job), "status": "completed"}
+        write_json(job.folder / RESULT_FILE, result)
+        sys.exit(0)
     except Cancelled:
         result = {"status": "cancelled"}
         code = EXIT_CANCELLED
@@ -130,10 +132,14 @@ def run(main: Callable[[Job], Mapping[str, object]]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write `content` so that a reader sees the old file or the new one, never a part."""
+    """Write `content` so that a reader sees the old file or the new one, never a part.
+
+    Raises TypeError, and writes nothing, if a value has no form in JSON (a path, a tensor).
+    """
+    text = json.dumps(_finite(content), ensure_ascii=False, indent=1)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, ensure_ascii=False, indent=1)
+    with temporary.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -149,7 +155,8 @@ def mark_complete(checkpoint: Path) -> None:
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The whole checkpoints (folders named `checkpoint-STEP`) below `checkpoints`, oldest first."""
     found = [path.parent for path in checkpoints.glob(f"checkpoint-*/{COMPLETE_MARK}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def _remember_cancel(job: Job) -> Callable[[int, FrameType | None], None]:

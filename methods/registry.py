@@ -120,6 +120,11 @@ def read_manifest(path: Path) -> Method:
     """Read and check one `method.yaml`. Raises UserError naming the field that is wrong."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"this is no YAML: {error}", file=path) from error
+    if not isinstance(content, dict):
+        raise UserError("a manifest is a mapping of fields", file=path, value=content, expected="name: ...")
+    try:
         method = Method.model_validate({**content, "folder": path.parent})
     except ValidationError as error:
         first = error.errors()[0]

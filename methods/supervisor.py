@@ -4,14 +4,14 @@ Run as: python supervisor.py JOB_DIR GRACE_SECONDS COMMAND...   (standard librar
 
 Standard input is a lifeline held by whoever started the stage: when that process ends in any way, the line closes
 and the stage is asked to stop (SIGTERM: save a checkpoint), then killed. The same happens on SIGTERM here. Exits with
-the stage's exit code, 128 + N if signal N ended it, or 4 if the job folder is in use by another supervisor.
+the stage's exit code, 128 + N if signal N ended it, or 4 if a signal ended it after it was asked to stop (it may not
+listen yet, or never). The starter's lock on the job folder is inherited, so that it holds as long as this process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import select
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-EXIT_IN_USE = 4
+EXIT_STOPPED = 4
 PROCESS_FILE = "process.json"
 LOG_FILE = "train.log"
 _PR_SET_PDEATHSIG = 1
@@ -30,11 +30,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main() -> int:
     folder, grace, command = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return EXIT_IN_USE
     wakeup, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
     signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
@@ -45,11 +40,13 @@ def main() -> int:
     stage = _start(folder, command)
     _write_process(folder, stage.pid)
     try:
-        _watch(stage, wakeup, grace)
+        asked = _watch(stage, wakeup, grace)
     finally:
         _kill_group(stage.pid, signal.SIGKILL)
         _end_descendants()
-    return stage.returncode if stage.returncode >= 0 else 128 - stage.returncode
+    if stage.returncode >= 0:
+        return stage.returncode
+    return EXIT_STOPPED if asked else 128 - stage.returncode
 
 
 def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
@@ -65,7 +62,8 @@ def _start(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
         )
 
 
-def _watch(stage: subprocess.Popen[bytes], wakeup: int, grace: float) -> None:
+def _watch(stage: subprocess.Popen[bytes], wakeup: int, grace: float) -> bool:
+    """Wait for the stage's end; True if it was asked to stop."""
     deadline: float | None = None
     sources = [sys.stdin.fileno(), wakeup]
     while stage.poll() is None:
@@ -81,6 +79,7 @@ def _watch(stage: subprocess.Popen[bytes], wakeup: int, grace: float) -> None:
         if deadline is not None and time.monotonic() >= deadline:
             _kill_group(stage.pid, signal.SIGKILL)
             stage.wait()
+    return deadline is not None
 
 
 def _write_process(folder: Path, stage_pid: int) -> None:

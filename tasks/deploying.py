@@ -37,6 +37,9 @@ def deploy_model(
     """
     if model.stage == "trained":
         raise UserError("these weights are not saved yet", field="model", value=model.name, mend="save them first")
+    if model.stage != "base":
+        # Before the switch: a registry that does not answer must not be left behind what is deployed.
+        model = models.register_model(model)
     probes = collect_probes(model, on_events)
     served = endpoints.deploy(
         endpoint or endpoint_name(model.line),

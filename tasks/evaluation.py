@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from configs.datasets import DatasetVersion
-from configs.records import ModelRecord
+from configs.records import ModelRecord, TrainStatus
 from configs.scoring import Scores
 from tasks import tracking
 from tasks.inference import Generation, answer_prompts
+from tasks.models import logged_model_id
 from tasks.scoring import score_rows, summarise
 
 
@@ -92,16 +93,20 @@ def evaluate_and_record(
     outcome = evaluate(model, version, generation, samples, on_events)
     tags = {"tuneline.model": model.name, "tuneline.dataset": version.reference}
     run_id = tracking.start_run(f"{model.name} on {version.name}", "evaluation", tags)
-    tracking.log_parameters(run_id, {"model": model.name, "dataset": version.reference, **generation.model_dump()})
-    tracking.log_dataset(run_id, version, "evaluation")
-    keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base")
-    tracking.end_run(run_id, "completed")
+    status: TrainStatus = "failed"
+    try:
+        tracking.log_parameters(run_id, {"model": model.name, "dataset": version.reference, **generation.model_dump()})
+        tracking.log_dataset(run_id, version, "evaluation")
+        keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base", logged_model_id(model))
+        status = "completed"
+    finally:
+        tracking.end_run(run_id, status)
     return outcome
 
 
-def keep_evaluation(run_id: str, outcome: Evaluation, which: str) -> None:
-    """Record scores as metrics, and every prompt, reference and answer as a table of the run."""
-    tracking.log_scores(run_id, which, outcome.figures)
+def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str | None = None) -> None:
+    """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table."""
+    tracking.log_scores(run_id, which, outcome.figures, model_id)
     client = tracking.mlflow_client()
     scores = outcome.model_dump(mode="json", exclude={"predictions"})
     client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")

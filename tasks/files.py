@@ -14,17 +14,18 @@ from configs.errors import UserError
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def write_record(path: Path, record: BaseModel) -> None:
-    """Replace the file by the record, as JSON."""
-    write_text(path, record.model_dump_json(indent=2))
+def write_record(path: Path, record: BaseModel, *, private: bool = False) -> None:
+    """Replace the file by the record, as JSON; `private`: only its owner may read it."""
+    write_text(path, record.model_dump_json(indent=2), private=private)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Replace the file by the text; a reader sees the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -39,3 +40,13 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(f"this is no {kind.__name__}: {error.errors()[0]['msg']}", file=path) from error
+
+
+def last_lines(log: Path, lines: int, offset: int = 0) -> str:
+    """The last lines of a log, read from `offset` bytes on and at most 1 MB of it; empty if there is none."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(offset, log.stat().st_size - 1_000_000))
+        text = file.read().decode("utf-8", errors="replace")
+    return "\n".join(text.splitlines()[-lines:]) if lines > 0 else ""

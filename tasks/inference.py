@@ -69,7 +69,7 @@ def answer_prompts(
         predictions = (work / "output" / "predictions.jsonl").read_text(encoding="utf-8")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return [Answer.model_validate_json(line) for line in predictions.splitlines()]
+    return [Answer.model_validate_json(line) for line in predictions.split("\n")[:-1]]
 
 
 def _weights(model: ModelRecord) -> dict[str, str]:

@@ -9,12 +9,16 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 
 from configs.endpoints import Endpoint
 from configs.errors import UserError
-from configs.records import ModelRecord, TrainRecord
+from configs.records import ModelRecord, TrainRecord, TrainStatus
+from configs.resolve import ResolvedTrain
 from configs.train import TrainConfig
+from deployments.forms import Through, resolve_form
+from deployments.guard import guard_embedded_server
 from tasks import deploying, models, trains
 from tasks.progress import showing
 from tasks.stages import StageCancelled, StageKilled
@@ -26,16 +30,40 @@ def _was_killed(_task: Any, _run: Any, state: Any) -> bool:
 
 
 @task(name="open train", cache_policy=NO_CACHE)
-def open_train(train: TrainConfig | None, origins: dict[str, str] | None, resume: str | None) -> TrainRecord:
-    """Begin a train, or take one up again; returns its record."""
+def open_train(
+    train: TrainConfig | None,
+    origins: dict[str, str] | None,
+    resume: str | None,
+    through: Through,
+    endpoint: str | None = None,
+) -> TrainRecord:
+    """Begin a train that goes as far as `through`, or take one up again; returns its record.
+
+    Without `origins` the configuration comes from a form, and its origins are found out.
+    """
     if (train is None) == (resume is None):
         raise UserError("give either the configuration of a train or the id of one to resume", field="train")
+    guard_embedded_server()
+    for interrupted in trains.settle_trains():
+        _crash_flow_run(interrupted)
     if resume is not None:
         record = trains.reopen_train(trains.load_train(resume))
     else:
         assert train is not None  # noqa: S101 - said above, for the type checker
-        record = trains.open_train(train, origins or {}, [])
-    return trains.note_flow_run(record, *_flow_run())
+        if origins is None:
+            record = _open_from_form(resolve_form(train, through, endpoint))
+        else:
+            record = trains.open_train(train, origins, [])
+    record = trains.note_flow_run(record, *_flow_run())
+    _name_flow_run(record)
+    _show_overview(record)
+    return record
+
+
+def _open_from_form(resolved: ResolvedTrain) -> TrainRecord:
+    for warning in resolved.warnings:
+        get_run_logger().warning("%s", warning)
+    return trains.open_train(resolved.config, resolved.origins, resolved.warnings)
 
 
 def _flow_run() -> tuple[str | None, str | None]:
@@ -49,21 +77,68 @@ def _flow_run() -> tuple[str | None, str | None]:
     return flow_run_id, f"{url}/runs/flow-run/{flow_run_id}" if url else None
 
 
+def _name_flow_run(record: TrainRecord) -> None:
+    """Call the flow run by the train's id, and tag it with what one looks it up by."""
+    from prefect.client.orchestration import get_client
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    tags = {*context.flow_run.tags, f"train:{record.id}", f"mlflow:{record.run_id}"}
+    name = record.id if record.attempts == 1 else f"{record.id} (attempt {record.attempts})"
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(context.flow_run.id, name=name, tags=tags)
+
+
+def _crash_flow_run(record: TrainRecord) -> None:
+    """Tell Prefect that the flow run of an interrupted train is over: its process could not."""
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Crashed
+
+    if record.flow_run_id is None:
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.set_flow_run_state(UUID(record.flow_run_id), Crashed(message=record.reason), force=True)
+        except ObjectNotFound:
+            get_run_logger().info("flow run %s of %s is on another Prefect server", record.flow_run_id, record.id)
+
+
+def _show_overview(record: TrainRecord) -> None:
+    """Put the train's overview among the flow run's artifacts; what Prefect refuses is logged and does no harm."""
+    from prefect.artifacts import create_markdown_artifact
+
+    try:
+        create_markdown_artifact(trains.overview(record), key="train-overview", description=f"Train {record.id}")
+    except Exception as error:  # the Prefect server is away: the train has ended all the same
+        get_run_logger().warning("overview not shown: %s", error)
+
+
 @contextmanager
 def closing(train_id: str) -> Iterator[None]:
     """Record how the train ended, whichever way the block is left."""
     try:
         yield
     except StageCancelled:
-        trains.close_train(trains.load_train(train_id), "cancelled", "asked to stop")
+        _close(train_id, "cancelled", "asked to stop")
         raise
     except KeyboardInterrupt:
-        trains.close_train(trains.load_train(train_id), "cancelled", "interrupted in the terminal")
+        _close(train_id, "cancelled", "interrupted in the terminal")
+        raise
+    except TerminationSignal:
+        _close(train_id, "cancelled", "the process that ran it was asked to end")
         raise
     except BaseException as error:
-        trains.close_train(trains.load_train(train_id), "failed", str(error))
+        _close(train_id, "failed", str(error) or type(error).__name__)
         raise
-    trains.close_train(trains.load_train(train_id), "completed")
+    _close(train_id, "completed")
+
+
+def _close(train_id: str, status: TrainStatus, reason: str | None = None) -> None:
+    _show_overview(trains.close_train(trains.load_train(train_id), status, reason))
 
 
 @task(
@@ -135,21 +210,17 @@ def evaluate_base(record: TrainRecord) -> TrainRecord:
 
 
 @task(name="evaluate tuned model", retries=1, retry_condition_fn=_was_killed, cache_policy=NO_CACHE)
-def evaluate_tuned(record: TrainRecord, model: ModelRecord) -> TrainRecord:
-    """Score the fine-tuned model on the same rows; returns the record with the figures."""
+def evaluate_tuned(record: TrainRecord, model: ModelRecord) -> ModelRecord:
+    """Score the fine-tuned model on the same rows; returns the model with the figures."""
     with showing("evaluating the result", "evaluation-of-result") as progress:
-        return trains.evaluate_model(record, model, "tuned", progress.follow)
-
-
-@task(name="reload train", cache_policy=NO_CACHE)
-def reload_train(train_id: str) -> TrainRecord:
-    """The record of a train as it is now."""
-    return trains.load_train(train_id)
+        trains.evaluate_model(record, model, "tuned", progress.follow)
+    return models.find_model(model.name)
 
 
 @task(name="find model", cache_policy=NO_CACHE)
 def find_model(reference: str) -> ModelRecord:
     """The model of a name, alias, train or base."""
+    guard_embedded_server()
     return models.find_model(reference)
 
 

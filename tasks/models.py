@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,38 @@ def register_model(record: ModelRecord) -> ModelRecord:
     it is first deployed; its record lies in the model store although its weights do not.
     """
     version = _version_of(record) or _create_version(record)
-    record = record.model_copy(update={"registered_version": version})
+    return _store(record.model_copy(update={"registered_version": version}))
+
+
+def _store(record: ModelRecord) -> ModelRecord:
     write_record(load_settings().models / record.name / RECORD_FILE, record)
     return record
 
 
+def note_evaluation(record: ModelRecord, figures: Mapping[str, float]) -> ModelRecord:
+    """Add the scores of the model's own answers (in percent) to its record and to its version's tags."""
+    record = _store(record.model_copy(update={"evaluation": dict(figures), "evaluated": record.name}))
+    if record.registered_version is not None:
+        client = mlflow_client()
+        for name, value in _score_tags(record).items():
+            client.set_model_version_tag(record.line, record.registered_version, name, value)
+    return record
+
+
+def logged_model_id(record: ModelRecord) -> str | None:
+    """The id of a registered model as MLflow's logged model, which metrics can belong to; None if it is none."""
+    if record.registered_version is None:
+        return None
+    version = mlflow_client().get_model_version(record.line, record.registered_version)
+    return str(version.source).removeprefix("models:/")
+
+
 def _create_version(record: ModelRecord) -> str:
+    from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
     client = mlflow_client()
-    logged = client.create_logged_model(
-        experiment_id(load_settings()),
-        name=record.name,
-        source_run_id=record.run_id,
-        tags=_lineage(record),
-        model_type=record.stage,
-    )
+    logged = _logged_model(record)
     with tempfile.TemporaryDirectory() as folder:
         write_record(Path(folder) / RECORD_FILE, record)
         for extra in ("adapter_config.json", "config.json"):
@@ -60,6 +77,8 @@ def _create_version(record: ModelRecord) -> str:
                 shutil.copyfile(record.path / extra, Path(folder) / extra)
         client.log_model_artifacts(logged.model_id, folder)
     client.finalize_logged_model(logged.model_id, "READY")
+    if record.run_id is not None and logged.model_id not in _outputs(record.run_id):
+        client.log_outputs(record.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     try:
         client.create_registered_model(record.line)
     except MlflowException as error:
@@ -75,15 +94,26 @@ def _create_version(record: ModelRecord) -> str:
     return str(version.version)
 
 
+def _logged_model(record: ModelRecord) -> Any:
+    """The model as MLflow's logged model; the one that a killed registration has begun is taken up again."""
+    client, experiment = mlflow_client(), experiment_id(load_settings())
+    begun = client.search_logged_models([experiment], filter_string=f"tags.`tuneline.model` = '{record.name}'")
+    if begun:
+        return begun[0]
+    return client.create_logged_model(
+        experiment, name=record.name, source_run_id=record.run_id, tags=_lineage(record), model_type=record.stage
+    )
+
+
+def _outputs(run_id: str) -> set[str]:
+    outputs = mlflow_client().get_run(run_id).outputs
+    return {output.model_id for output in outputs.model_outputs} if outputs is not None else set()
+
+
 def _version_of(record: ModelRecord) -> str | None:
-    for version in _search(f"name = '{record.line}'"):
-        if version.tags.get("tuneline.model") == record.name:
-            return str(version.version)
-    return None
-
-
-def _search(filter_string: str) -> list[Any]:
-    return list(mlflow_client().search_model_versions(filter_string, max_results=1000))
+    wanted = f"name = '{record.line}' and tags.`tuneline.model` = '{record.name}'"
+    found = mlflow_client().search_model_versions(wanted)
+    return str(found[0].version) if found else None
 
 
 def _lineage(record: ModelRecord) -> dict[str, str]:
@@ -98,13 +128,18 @@ def _lineage(record: ModelRecord) -> dict[str, str]:
         "uri": record.path.as_uri(),
         "code_version": code_version(),
     }
-    scores = {f"score.{name}": f"{value:.2f}" for name, value in record.evaluation.items()}
-    return {f"tuneline.{name}": value for name, value in {**tags, **scores}.items() if value is not None}
+    named = {f"tuneline.{name}": value for name, value in tags.items() if value is not None}
+    return named | _score_tags(record)
+
+
+def _score_tags(record: ModelRecord) -> dict[str, str]:
+    scores = {f"tuneline.score.{name}": f"{value:.2f}" for name, value in record.evaluation.items()}
+    return scores | ({"tuneline.evaluated": record.evaluated} if record.evaluated else {})
 
 
 def set_alias(record: ModelRecord, alias: str) -> None:
     """Let `alias` (champion, challenger, deployed) of the model's line point to this model."""
-    version = record.registered_version or str(register_model(record).registered_version)
+    version = _version_of(record) or str(register_model(record).registered_version)
     mlflow_client().set_registered_model_alias(record.line, alias, version)
 
 
@@ -121,7 +156,7 @@ def list_models(settings: Settings | None = None) -> list[ModelRecord]:
 
 
 def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
-    """The model of a reference: its name, LINE@ALIAS, the id of its train, or a base model.
+    """The model of a reference: its name or folder, LINE@ALIAS, the id or name of its train (the newest), or a base.
 
     Raises UserError with the nearest names.
     """
@@ -131,9 +166,13 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
         reference = _name_of_alias(*reference.rsplit("@", 1))
     if reference in models:
         return models[reference]
-    of_train = [record for record in models.values() if record.train == reference]
+    folder = Path(reference).expanduser().absolute()
+    of_train = [record for record in models.values() if record.train == reference or record.path == folder]
     if of_train:
         return of_train[-1]
+    of_line = [record for record in models.values() if record.line == reference and record.stage != "base"]
+    if of_line:
+        return of_line[-1]
     if _is_base(reference, settings):
         return base_record(reference, settings)
     known = [*models, *load_base_models(settings)]
@@ -142,7 +181,7 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
         "there is no such model",
         field="model",
         value=reference,
-        expected="the name of a model, LINE@ALIAS, the id of a train, a base model, a folder or a hub id",
+        expected="the name of a model, LINE@ALIAS, a train, a base model, a folder or a hub id",
         mend=f"did you mean {' or '.join(near)}?" if near else "`tuneline models list` shows them",
     )
 

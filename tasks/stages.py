@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
@@ -22,6 +24,7 @@ from methods import contract, supervisor
 EventHandler = Callable[[list[dict[str, Any]]], None]
 
 _POLL_SECONDS = 0.25
+_FOLDER_VARIABLE = "STAGE_JOB_FOLDER"
 _KEPT_FROM_STAGES = ("PREFECT_", "MLFLOW_", "TUNELINE_")
 
 
@@ -34,6 +37,42 @@ class StageJob(BaseModel):
     output: Path
     resume_from: Path | None = None
     seed: int
+
+
+class _Event(BaseModel):
+    time: float
+
+
+class _Metrics(_Event):
+    type: Literal["metrics"]
+    step: int
+    values: dict[str, float]
+
+
+class _Progress(_Event):
+    type: Literal["progress"]
+    step: int
+    total: int
+
+
+class _Phase(_Event):
+    type: Literal["phase"]
+    name: str
+
+
+class _Warning(_Event):
+    type: Literal["warning"]
+    text: str
+
+
+class _Artifact(_Event):
+    type: Literal["artifact"]
+    path: str
+
+
+_EVENT: TypeAdapter[_Metrics | _Progress | _Phase | _Warning | _Artifact] = TypeAdapter(
+    Annotated[_Metrics | _Progress | _Phase | _Warning | _Artifact, Field(discriminator="type")]
+)
 
 
 class StageCancelled(Exception):
@@ -53,32 +92,57 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run a stage file to its end and return its result.
 
-    `on_events` gets the new events, in order, a few times a second; what it raises does not stop the stage.
-    Raises UserError for what the stage refused, StageCancelled, StageFailed.
+    `on_events` gets the new events of this attempt, in order, a few times a second; an exception of it is logged and
+    does not stop the stage. Raises UserError for what the stage refused or if the folder is in use, StageCancelled,
+    StageFailed.
     """
-    prepare_folder(folder, job)
-    with _lifeline(folder, python, file, grace_seconds) as process:
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) as lock:
+        _end_orphans(folder)  # of an attempt whose runner and supervisor were killed together
+        prepare_folder(folder, job)
         tail = EventTail(folder / contract.EVENTS_FILE)
-        try:
-            while process.poll() is None:
-                time.sleep(_POLL_SECONDS)
-                on_events(tail.read())
-        except BaseException:
-            # Cancelled from outside (Ctrl-C, Prefect, a timeout): the stage gets its grace to save a checkpoint.
-            process.send_signal(signal.SIGTERM)
-            process.wait(grace_seconds + 10)
-            on_events(tail.read())
-            raise
-        on_events(tail.read())
-    return _result(folder, process.returncode)
+        tail.read()  # those of earlier attempts were told then
+        with _lifeline(folder, python, file, grace_seconds, lock) as process:
+            try:
+                while process.poll() is None:
+                    time.sleep(_POLL_SECONDS)
+                    _tell(on_events, tail.read())
+            except BaseException:
+                # Cancelled from outside (Ctrl-C, Prefect, a timeout): the stage gets its grace to save a checkpoint.
+                process.send_signal(signal.SIGTERM)
+                process.wait(grace_seconds + 10)
+                _tell(on_events, tail.read())
+                raise
+            _tell(on_events, tail.read())
+        return _result(folder, process.returncode)
 
 
 def prepare_folder(folder: Path, job: StageJob) -> None:
-    """Write the job, and remove the result of an earlier attempt so that it cannot be taken for this one's."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the job, and remove what an earlier attempt said of itself so that it cannot be taken for this one's."""
     job.output.mkdir(parents=True, exist_ok=True)
-    (folder / contract.RESULT_FILE).unlink(missing_ok=True)
+    for name in (contract.RESULT_FILE, supervisor.PROCESS_FILE):
+        (folder / name).unlink(missing_ok=True)
     contract.write_json(folder / contract.JOB_FILE, job.model_dump(mode="json"))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the job folder for oneself; gives the lock's file descriptor. Raises UserError if a stage runs in it."""
+    with (folder / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "this stage is already running", file=folder, mend="wait for it, or `tuneline trains cancel` it"
+            ) from error
+        yield file.fileno()
+
+
+def _tell(on_events: EventHandler, events: list[dict[str, Any]]) -> None:
+    try:
+        on_events(events)
+    except Exception:  # who only looks on must not end hours of training
+        logging.getLogger(__name__).exception("the events of a stage could not be shown")
 
 
 class EventTail:
@@ -97,16 +161,15 @@ class EventTail:
             content = file.read() if until is None else file.read(until - self.offset)
             whole, newline, _ = content.rpartition(b"\n")
         self.offset += len(whole) + len(newline)
-        return [_parse(line) for line in whole.splitlines()] if newline else []
+        return [_parse(line) for line in whole.split(b"\n")] if newline else []
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        event: dict[str, Any] = json.loads(line)
-        return event
-    except ValueError:
-        text = f"not an event: {line[:200]!r}"
-        return {"type": "warning", "time": time.time(), "text": text}
+        event: dict[str, Any] = _EVENT.validate_json(line).model_dump()
+    except ValidationError:
+        return {"type": "warning", "time": time.time(), "text": f"not an event: {line[:200]!r}"}
+    return event
 
 
 def signal_running(folder: Path) -> bool:
@@ -137,7 +200,7 @@ def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lifeline(folder: Path, python: Path, file: Path, grace: float) -> Any:
+def _lifeline(folder: Path, python: Path, file: Path, grace: float, lock: int) -> Iterator[subprocess.Popen[bytes]]:
     command = [
         sys.executable,
         "-S",
@@ -148,30 +211,41 @@ def _lifeline(folder: Path, python: Path, file: Path, grace: float) -> Any:
         str(file),
         str(folder),
     ]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "supervisor.log").open("ab"),
-        start_new_session=True,
-        env=stage_environment(),
-    )
+    with (folder / "supervisor.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+            env=stage_environment({_FOLDER_VARIABLE: str(folder)}),
+            pass_fds=[lock],
+        )
     try:
         yield process
     finally:
         if process.stdin is not None:
             process.stdin.close()
         process.wait(grace + 10)
+        if process.returncode < 0:
+            _end_orphans(folder)
+
+
+def _end_orphans(folder: Path) -> None:
+    """End what a stage of this folder started, in whatever session, after its supervisor was killed."""
+    import psutil
+
+    for process in psutil.process_iter():
+        # Known by the environment it inherited: process ids are reused. Others' environments cannot be read.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_FOLDER_VARIABLE) == str(folder):
+                process.kill()
 
 
 def _result(folder: Path, code: int) -> dict[str, Any]:
-    if code == supervisor.EXIT_IN_USE:
-        raise UserError(
-            "this stage is already running", file=folder, mend="wait for it, or `tuneline trains cancel` it"
-        )
     path = folder / contract.RESULT_FILE
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if result.get("status") == "cancelled":
+    if result.get("status") == "cancelled" or code == supervisor.EXIT_STOPPED:
         raise StageCancelled
     if result.get("refused"):
         raise UserError(result["error"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import subprocess
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.records import TrainRecord
+from configs.records import TrainRecord, TrainStatus
+from configs.resolve import ResolvedTrain, describe, effective
 from configs.settings import PROJECT_ROOT, Settings, load_settings
 from configs.train import TrainConfig
 from deployments.services import mlflow_artifact_location
@@ -53,7 +57,16 @@ def experiment_id(settings: Settings) -> str:
 
 def start_run(name: str, kind: str, tags: Mapping[str, str]) -> str:
     """Create a run and return its id. `kind` is `train` or `evaluation`."""
-    own = {"mlflow.runName": name, "tuneline.kind": kind, "tuneline.code_version": code_version()}
+    version = code_version()
+    own = {
+        "mlflow.runName": name,
+        "mlflow.source.name": f"tuneline {kind}",
+        "mlflow.source.type": "PROJECT",
+        "mlflow.source.git.commit": version,
+        "mlflow.user": getpass.getuser(),
+        "tuneline.kind": kind,
+        "tuneline.code_version": version,
+    }
     run = mlflow_client().create_run(experiment_id(load_settings()), run_name=name, tags={**own, **tags})
     return str(run.info.run_id)
 
@@ -86,7 +99,7 @@ def log_config(record: TrainRecord) -> None:
     """Record the resolved configuration: parameters, where each came from, and the file to repeat it with."""
     flat = flatten(record.config)
     log_parameters(record.run_id, flat)
-    origins = {name: record.origins.get(name, "default") for name in flat}
+    origins = _origins(record)
     table = {name: {"value": value, "origin": origins[name]} for name, value in flat.items()}
     client = mlflow_client()
     client.log_dict(record.run_id, table, "config/parameters.json")
@@ -94,8 +107,11 @@ def log_config(record: TrainRecord) -> None:
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
-    """All values by dotted name, hyper-parameters without their prefix (they are what one compares)."""
-    content = config.model_dump(mode="json")
+    """All values by dotted name, hyper-parameters without their prefix (they are what one compares).
+
+    Values that follow from others (lora_alpha, through) are spelled out.
+    """
+    content = effective(config)
     hyper, method = content.pop("hyperparameters"), content.pop("method_params")
     return {**content, **hyper, **{f"method_params.{name}": value for name, value in method.items()}}
 
@@ -108,12 +124,15 @@ def train_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
 
 
-def log_scores(run_id: str, prefix: str, values: Mapping[str, float]) -> None:
-    """Record figures as metrics named `PREFIX/NAME`."""
+def log_scores(run_id: str, prefix: str, values: Mapping[str, float], model_id: str | None = None) -> None:
+    """Record figures as metrics named `PREFIX/NAME`, of the run and, if one is given, of a logged model."""
     from mlflow.entities import Metric
 
     stamp = int(time.time() * 1000)
-    metrics = [Metric(f"{prefix}/{name}", float(value), stamp, 0) for name, value in values.items()]
+    metrics = [
+        Metric(f"{prefix}/{name}", float(value), stamp, 0, model_id=model_id, run_id=run_id)
+        for name, value in values.items()
+    ]
     mlflow_client().log_batch(run_id, metrics=metrics)
 
 
@@ -127,17 +146,15 @@ def log_files(run_id: str, files: Iterable[Path], folder: str) -> None:
 
 def log_dataset(run_id: str, version: Any, context: str) -> None:
     """Record a dataset version as MLflow dataset input: digest, shape, counts."""
-    from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = resolve_dataset_source(str(version.path))
     profile = {"num_rows": version.rows, "shape": version.shape, "refused": version.report.rows_refused}
     schema = {"columns_seen": version.report.columns_seen, "stored": ["messages", "line"]}
     dataset = Dataset(
         name=version.name,
         digest=version.digest[:12],
-        source_type=source._get_source_type(),
-        source=source.to_json(),
+        source_type="local",
+        source=json.dumps({"uri": str(version.path)}),
         schema=json.dumps(schema),
         profile=json.dumps(profile),
     )
@@ -145,10 +162,21 @@ def log_dataset(run_id: str, version: Any, context: str) -> None:
     mlflow_client().log_inputs(run_id, datasets=[DatasetInput(dataset, [tag])])
 
 
-def end_run(run_id: str, status: str) -> None:
-    """Close a run: `completed`, `failed` or `cancelled`."""
-    words = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+def end_run(run_id: str, status: TrainStatus) -> None:
+    """Close a run that was completed, failed, was cancelled or was interrupted."""
+    words = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED", "interrupted": "KILLED"}
     mlflow_client().set_terminated(run_id, words[status])
+
+
+def run_page(run_id: str) -> str | None:
+    """The address of a run's page; None without an MLflow server."""
+    import mlflow
+
+    server = mlflow.get_tracking_uri()
+    if not server.startswith("http"):
+        return None
+    experiment = mlflow_client().get_run(run_id).info.experiment_id
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def reopen_run(run_id: str) -> None:
@@ -161,19 +189,72 @@ class CurveForwarder:
 
     `sent.json` in the job folder holds the offset up to which MLflow has confirmed. While MLflow does not answer
     the events stay in the file; a later call, of this or another process, sends the rest. A resumed stage repeats
-    the steps after its checkpoint: the values that are already there stay.
+    the steps after its checkpoint: the values that came first stay. What was sent but not noted, because the process
+    died in between, is sent again as it was, time stamp included, and MLflow's database keeps one of two equal rows.
     """
 
-    def __init__(self, run_id: str, folder: Path, retry_seconds: float = 15.0) -> None:
+    def __init__(self, run_id: str, folder: Path, every: float = 2.0, retry: float = 10.0) -> None:
+        """`every`: seconds between two looks at the file; `retry`: seconds after MLflow did not answer."""
         self.run_id = run_id
         self.folder = folder
-        self.tail = EventTail(folder / contract.EVENTS_FILE)
-        self.seen: set[tuple[str, int]] = set()
-        self.retry_seconds = retry_seconds
+        self.every, self.retry = every, retry
         self.problem: str | None = None
+        self._tail = EventTail(folder / contract.EVENTS_FILE)
+        self._seen: set[tuple[str, int]] = set()
         self._pending: list[dict[str, Any]] = []
-        self._not_before = 0.0
+        self._one_at_a_time = threading.Lock()
+        self._told: str | None = None
         self._replay()
+
+    @contextmanager
+    def running(self, last_seconds: float = 20.0) -> Iterator[None]:
+        """Forward in the background while the block runs, and for at most `last_seconds` after it.
+
+        In the background, because a server that is away holds a request up for many seconds: whoever watches the
+        stage must go on watching.
+        """
+        done = threading.Event()
+        thread = threading.Thread(target=self._forward_until, args=(done,), name="curves", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(last_seconds)
+
+    def _forward_until(self, done: threading.Event) -> None:
+        while not done.is_set():
+            done.wait(self.every if self.forward() else self.retry)
+        self.forward()
+
+    def forward(self) -> bool:
+        """Send what is new; True if nothing is left to send. Never raises: the train goes on without MLflow."""
+        with self._one_at_a_time:
+            self._pending += self._tail.read()
+            metrics = [
+                (name, value, int(event["time"] * 1000), int(event["step"]))
+                for event in self._pending
+                for name, value in self._fresh(event).items()
+            ]
+            try:
+                self._send(metrics)
+                write_text(self._state, json.dumps({"offset": self._tail.offset}))
+            except Exception as error:  # any fault of the tracking store must not end a train
+                self._seen.difference_update((name, step) for name, _, _, step in metrics)
+                self.problem = f"{type(error).__name__}: {str(error)[:300]}"
+                return False
+            self._pending = []
+            self.problem = None
+            return True
+
+    def news(self) -> list[dict[str, Any]]:
+        """An event to show when MLflow has gone away or has come back since the last call."""
+        problem = self.problem
+        if (problem is None) == (self._told is None):
+            return []
+        self._told = problem
+        text = "MLflow answers again" if problem is None else f"MLflow is away, the curves are sent later ({problem})"
+        return [{"type": "warning", "time": time.time(), "text": text}]
 
     @property
     def _state(self) -> Path:
@@ -182,7 +263,7 @@ class CurveForwarder:
     def _replay(self) -> None:
         offset = json.loads(self._state.read_text())["offset"] if self._state.exists() else 0
         if offset:
-            for event in self.tail.read(until=offset):
+            for event in self._tail.read(until=offset):
                 self._fresh(event)
 
     def _fresh(self, event: Mapping[str, Any]) -> dict[str, float]:
@@ -190,32 +271,9 @@ class CurveForwarder:
         if event.get("type") != "metrics":
             return {}
         step = int(event["step"])
-        fresh = {k: float(v) for k, v in event["values"].items() if (k, step) not in self.seen}
-        self.seen.update((name, step) for name in fresh)
+        fresh = {k: float(v) for k, v in event["values"].items() if (k, step) not in self._seen}
+        self._seen.update((name, step) for name in fresh)
         return fresh
-
-    def forward(self, *, force: bool = False) -> bool:
-        """Send what is new; True if nothing is left to send. Never raises: the train goes on without MLflow."""
-        if not force and time.monotonic() < self._not_before:
-            return False
-        self._pending += self.tail.read()
-        metrics = [
-            (name, value, int(event["time"] * 1000), int(event["step"]))
-            for event in self._pending
-            for name, value in self._fresh(event).items()
-        ]
-        try:
-            self._send(metrics)
-        except Exception as error:  # any fault of the tracking store must not end a train
-            self.seen.difference_update((name, step) for name, _, _, step in metrics)
-            self.problem = f"{type(error).__name__}: {error}"
-            self._not_before = time.monotonic() + self.retry_seconds
-            return False
-        self._pending = []
-        self.problem = None
-        self._not_before = time.monotonic() + 2.0
-        write_text(self._state, json.dumps({"offset": self.tail.offset}))
-        return True
 
     def _send(self, metrics: list[tuple[str, float, int, int]]) -> None:
         if not metrics:
@@ -225,6 +283,13 @@ class CurveForwarder:
         client = mlflow_client()
         for start in range(0, len(metrics), _BATCH):
             client.log_batch(self.run_id, metrics=[Metric(*m) for m in metrics[start : start + _BATCH]])
+
+
+def _origins(record: TrainRecord) -> dict[str, str]:
+    """Where each value of `flatten` came from."""
+    described = describe(ResolvedTrain(config=record.config, origins=record.origins))
+    origins = record.origins | {name.removeprefix("hyperparameters."): origin for name, _, origin in described}
+    return {name: origins.get(name, "default") for name in flatten(record.config)}
 
 
 def _text(value: object) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
+import logging
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from configs.base_models import find_base_model
 from configs.datasets import Columns, DatasetVersion
@@ -18,17 +22,17 @@ from configs.settings import Settings, load_settings
 from configs.train import TrainConfig
 from methods import contract
 from methods.registry import find_method
-from tasks import tracking
+from tasks import models, tracking
 from tasks.base_models import fetch_base_model
 from tasks.datasets import find_dataset, resolve_dataset, write_split
 from tasks.evaluation import evaluate, keep_evaluation
 from tasks.files import read_record, write_record, write_text
 from tasks.inference import Generation
-from tasks.models import publish_model
 from tasks.plots import draw_curves
-from tasks.stages import EventTail, StageJob, run_stage, signal_running
+from tasks.stages import EventTail, StageJob, locked, run_stage, signal_running
 
 RECORD_FILE = "train.json"
+_NOT_KEPT = "not_kept.txt"  # in a training folder: its files are not, or not all, with the MLflow run
 EventHandler = Callable[[list[dict[str, Any]]], None]
 
 
@@ -77,6 +81,74 @@ def list_trains() -> list[TrainRecord]:
     return sorted((read_record(path, TrainRecord) for path in paths), key=lambda record: record.created)
 
 
+_owned: dict[str, BinaryIO] = {}
+
+
+def own_train(train_id: str) -> None:
+    """Take a train for this process until `let_go`; the system frees it if the process dies, whichever way.
+
+    Raises UserError if another process has it.
+    """
+    if train_id in _owned:
+        return
+    folder = train_folder(train_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("ab")
+    # Whoever asks for the status holds the lock for an instant.
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _owned[train_id] = file
+            return
+        time.sleep(0.05)
+    file.close()
+    raise UserError(
+        "this train is already running",
+        field="train",
+        value=train_id,
+        mend=f"wait for it, or `tuneline trains cancel {train_id}`",
+    )
+
+
+def let_go(train_id: str) -> None:
+    """Give up a train that this process owns."""
+    file = _owned.pop(train_id, None)
+    if file is not None:
+        file.close()
+
+
+def current_status(record: TrainRecord) -> TrainStatus:
+    """How the train stands now: a process that was killed could not say so in the record, and is `interrupted`."""
+    if record.status != "running" or record.id in _owned:
+        return record.status
+    lock = train_folder(record.id) / "lock"
+    if not lock.exists():
+        return "interrupted"
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "running"
+        # It may have ended, and said so, since the record was read.
+        status = load_train(record.id).status
+    return "interrupted" if status == "running" else status
+
+
+def settle_trains() -> list[TrainRecord]:
+    """Close the trains whose process was killed, and tell MLflow what it could not be told while it was away.
+
+    Returns the trains that were found interrupted.
+    """
+    interrupted = []
+    for record in list_trains():
+        if current_status(record) == "interrupted" and record.status == "running":
+            own_train(record.id)
+            interrupted.append(close_train(record, "interrupted", "the process that ran it was ended"))
+        elif record.status != "running" and _untold(record.id).exists():
+            _tell_end(record)
+    return interrupted
+
+
 def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[str]) -> TrainRecord:
     """Begin a new train: an id, a folder, an MLflow run that holds the configuration and its origins."""
     method = find_method(config.method)
@@ -97,14 +169,42 @@ def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[s
     record = TrainRecord(
         id=train_id, config=config, origins=dict(origins), warnings=warnings, created=created, run_id=run_id
     )
-    tracking.log_config(record)
-    return save_record(record)
+    own_train(record.id)
+    save_record(record)
+    try:
+        tracking.log_config(record)
+    except Exception as error:
+        close_train(record, "failed", str(error))
+        raise
+    return record
 
 
 def reopen_train(record: TrainRecord) -> TrainRecord:
-    """Take up a train where it ended: the same record and MLflow run, from its newest whole checkpoint."""
-    tracking.reopen_run(record.run_id)
+    """Take up a train where it ended: the same record and MLflow run, from its newest whole checkpoint.
+
+    Waits for a stage that has lost its parent and is saving its checkpoint. Raises UserError if the train runs.
+    """
+    own_train(record.id)
+    try:
+        _wait_for_stage(train_folder(record.id) / "training")
+        tracking.reopen_run(record.run_id)
+    except BaseException:
+        let_go(record.id)
+        raise
+    _untold(record.id).unlink(missing_ok=True)
     return update_train(record.id, status="running", reason=None, ended=None, attempts=record.attempts + 1)
+
+
+def _wait_for_stage(folder: Path) -> None:
+    deadline = time.monotonic() + load_settings().grace_seconds + 10
+    while folder.exists():
+        try:
+            with locked(folder):
+                return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def note_flow_run(record: TrainRecord, flow_run_id: str | None, url: str | None) -> TrainRecord:
@@ -115,6 +215,8 @@ def note_flow_run(record: TrainRecord, flow_run_id: str | None, url: str | None)
     client.set_tag(record.run_id, "tuneline.prefect_flow_run", flow_run_id)
     if url:
         client.set_tag(record.run_id, "tuneline.prefect_url", url)
+        note = f"{record.config.description}\n\n[Prefect flow run]({url})"
+        client.set_tag(record.run_id, "mlflow.note.content", note.strip())
     return update_train(record.id, flow_run_id=flow_run_id)
 
 
@@ -123,6 +225,7 @@ def fetch_base(record: TrainRecord) -> TrainRecord:
     settings = load_settings()
     entry = find_base_model(record.config.base_model, settings)
     path = fetch_base_model(entry, settings)
+    tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", entry.name)
     return update_train(record.id, base=entry.name, base_path=path)
 
 
@@ -146,6 +249,7 @@ def prepare_datasets(record: TrainRecord) -> TrainRecord:
             report = folder / f"{field}_report.json"
             write_text(report, version.report.model_dump_json(indent=2))
             tracking.log_files(record.run_id, [report], "datasets")
+            tracking.mlflow_client().set_tag(record.run_id, f"tuneline.{field}", version.reference)
     references = {field: version.reference for field, version in versions.items()}
     return update_train(record.id, **references)
 
@@ -176,31 +280,40 @@ def train_model(
     The curves go to MLflow while it runs. Raises UserError, StageFailed, StageCancelled.
     """
     folder = train_folder(record.id) / "training"
-    if (folder / "done").exists() or (record.model and not (folder / contract.JOB_FILE).exists()):
-        return record
+    if (folder / "done").exists():
+        return _keep_outcome(record)
     checkpoints = contract.complete_checkpoints(folder / "checkpoints")
     resume = checkpoints[-1] if checkpoints else None
-    if resume is None:
-        (folder / contract.EVENTS_FILE).unlink(missing_ok=True)
-        (folder / "samples.jsonl").unlink(missing_ok=True)
+    if resume is None and folder.exists():
+        # The events stay: they say which points of the curves MLflow has already.
+        with locked(folder):  # another process may be training in it at this moment
+            (folder / "samples.jsonl").unlink(missing_ok=True)
     method = find_method(record.config.method)
     job = _training_job(record, folder, resume)
     forwarder = tracking.CurveForwarder(record.run_id, folder)
 
     def follow(events: list[dict[str, Any]]) -> None:
-        forwarder.forward()
-        on_events(events)
+        on_events([*events, *forwarder.news()])
 
     python, file = method.stage_python("training"), method.stage_file("training")
+    write_text(folder / _NOT_KEPT, "the stage has not ended yet\n")
     try:
-        with monitor(record.run_id):
-            result = run_stage(folder, job, python, file, load_settings().grace_seconds, follow)
+        with monitor(record.run_id), forwarder.running():
+            run_stage(folder, job, python, file, load_settings().grace_seconds, follow)
+        write_text(folder / "done", "")
     finally:
-        send_rest(forwarder)
         keep_files(record)
-    write_text(folder / "done", "")
-    outcome: dict[str, float] = {name: float(result[name]) for name in ("steps", "seconds", "loss") if name in result}
-    tracking.log_scores(record.run_id, "train", outcome)
+    return _keep_outcome(record)
+
+
+def _keep_outcome(record: TrainRecord) -> TrainRecord:
+    """Record how a finished training stage went, by what it left; done again after a kill, nothing is missing."""
+    folder = train_folder(record.id) / "training"
+    result = json.loads((folder / contract.RESULT_FILE).read_text(encoding="utf-8"))
+    outcome = {name: float(result[name]) for name in ("steps", "seconds", "loss") if name in result}
+    sync_curves(record)
+    if outcome != record.outcome:
+        tracking.log_scores(record.run_id, "train", outcome)
     return update_train(record.id, outcome=outcome)
 
 
@@ -226,22 +339,12 @@ def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> Sta
     )
 
 
-def send_rest(forwarder: tracking.CurveForwarder, attempts: int = 3) -> bool:
-    """Send what is left of the curves; what MLflow does not take now is sent by `sync_curves` later."""
-    for attempt in range(attempts):
-        if forwarder.forward(force=True):
-            return True
-        time.sleep(attempt)
-    return False
-
-
 def sync_curves(record: TrainRecord) -> bool:
     """Send the curves that MLflow has not confirmed yet; True if none are left."""
     folder = train_folder(record.id) / "training"
-    events = folder / contract.EVENTS_FILE
-    if not events.exists():
+    if not (folder / contract.EVENTS_FILE).exists():
         return True
-    return send_rest(tracking.CurveForwarder(record.run_id, folder), attempts=1)
+    return tracking.CurveForwarder(record.run_id, folder).forward()
 
 
 def keep_files(record: TrainRecord) -> None:
@@ -256,8 +359,10 @@ def keep_files(record: TrainRecord) -> None:
     write_text(lock, environment_lock())
     try:
         tracking.log_files(record.run_id, [folder / contract.LOG_FILE, picture, lock, *sorted(inside)], "training")
-    except Exception as error:  # the tracking store is away: the files stay where they are
-        write_text(folder / "not_kept.txt", f"{type(error).__name__}: {error}\n")
+    except Exception as error:  # the tracking store is away: the files stay where they are until it can be told
+        write_text(folder / _NOT_KEPT, f"{type(error).__name__}: {error}\n")
+        return
+    (folder / _NOT_KEPT).unlink(missing_ok=True)
 
 
 def environment_lock() -> str:
@@ -270,11 +375,11 @@ def environment_lock() -> str:
 
 def register_customized(record: TrainRecord) -> ModelRecord:
     """Put the adapter into the model store and the registry, under the name BASE_TRAIN_YYYYMMDD_xxxx."""
-    name = f"{record.base}_{record.id}"
-    model = trained_model(record).model_copy(
-        update={"name": name, "stage": "customized", "path": load_settings().models / name}
-    )
-    model = publish_model(model, train_folder(record.id) / "training" / "output")
+    model = trained_model(record)
+    model = model.model_copy(update={"stage": "customized", "path": load_settings().models / model.name})
+    if (model.path / models.RECORD_FILE).exists():
+        model = read_record(model.path / models.RECORD_FILE, ModelRecord)
+    model = models.publish_model(model, train_folder(record.id) / "training" / "output")
     update_train(record.id, model=model.name)
     return model
 
@@ -283,8 +388,10 @@ def trained_model(record: TrainRecord) -> ModelRecord:
     """What training has left in the train's folder, adapter or full weights, as a model."""
     if record.base is None or record.base_path is None:
         raise UserError("this train has not begun to train", field="train", value=record.id)
+    # The name of a folder has 255 bytes at most, and more is added: _s_xxxx, _d_xxxx, the quantization.
+    base = record.base.encode()[:60].decode(errors="ignore")
     return ModelRecord(
-        name=f"{record.base}_{record.id}",
+        name=f"{base}_{record.id}",
         stage="trained",
         path=train_folder(record.id) / "training" / "output",
         line=record.config.name,
@@ -310,12 +417,12 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     name_file = folder / "name"
     name = name_file.read_text() if name_file.exists() else f"{model.name}_s_{secrets.token_hex(2)}"
     target = settings.models / name
-    if (target / "tuneline.json").exists():
-        return read_record(target / "tuneline.json", ModelRecord)
+    if (target / models.RECORD_FILE).exists():
+        return _keep_complete(read_record(target / models.RECORD_FILE, ModelRecord), folder)
     method = find_method(model.method)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    name_file.write_text(name)
+    write_text(name_file, name)
+    _wait_for_stage(folder)
+    shutil.rmtree(folder / "output", ignore_errors=True)
     job = StageJob(
         stage="saving",
         parameters={"dtype": model.dtype},
@@ -338,9 +445,17 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
             "verification": result["verification"],
         }
     )
-    complete = publish_model(complete, folder / "output")
-    if complete.run_id is not None:
-        tracking.log_scores(complete.run_id, "merge", result["verification"])
+    return _keep_complete(complete, folder)
+
+
+def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
+    """Publish a complete model and record its proof; done again after a kill, nothing is missing."""
+    new = complete.registered_version is None
+    complete = models.publish_model(complete, folder / "output")
+    if complete.run_id is not None and new:
+        tracking.log_scores(complete.run_id, "merge", complete.verification, models.logged_model_id(complete))
+    if complete.train is not None and (train_folder(complete.train) / RECORD_FILE).exists():
+        update_train(complete.train, model=complete.name)
     return complete
 
 
@@ -352,10 +467,13 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
     record = load_train(record.id)
     if record.evaluation_dataset is None or which in record.evaluation:
         return record
+    registered = model if model.registered_version is not None else None
     version = find_dataset(record.evaluation_dataset)
     generation = Generation(max_new_tokens=record.config.max_new_tokens)
     outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events)
-    keep_evaluation(record.run_id, outcome, which)
+    keep_evaluation(record.run_id, outcome, which, models.logged_model_id(registered) if registered else None)
+    if registered is not None:
+        models.note_evaluation(registered, outcome.figures)
     scores = {**record.evaluation, which: outcome.figures}
     return update_train(record.id, evaluation=scores)
 
@@ -376,10 +494,60 @@ def base_as_model(record: TrainRecord) -> ModelRecord:
 def close_train(record: TrainRecord, status: TrainStatus, reason: str | None = None) -> TrainRecord:
     """Say how a train ended, in its record and in MLflow."""
     record = update_train(record.id, status=status, reason=reason, ended=now())
-    if reason:
-        tracking.mlflow_client().set_tag(record.run_id, "tuneline.reason", reason[:5000])
-    tracking.end_run(record.run_id, status)
+    write_text(_untold(record.id), status)
+    _tell_end(record)
+    let_go(record.id)
     return record
+
+
+def _untold(train_id: str) -> Path:
+    """Marks a train of whose end MLflow does not know all yet."""
+    return train_folder(train_id) / "untold"
+
+
+def _tell_end(record: TrainRecord) -> None:
+    """Tell MLflow how the train ended; while it is away, the mark stays and `settle_trains` does it later."""
+    if not sync_curves(record):
+        return
+    try:
+        if (train_folder(record.id) / "training" / _NOT_KEPT).exists():
+            keep_files(record)
+        if record.reason:
+            tracking.mlflow_client().set_tag(record.run_id, "tuneline.reason", record.reason[:5000])
+        tracking.end_run(record.run_id, record.status)
+    except Exception as error:  # how the train ended stands in its record, and must not be hidden by this
+        logging.getLogger(__name__).warning("MLflow could not be told how %s ended: %s", record.id, error)
+        return
+    _untold(record.id).unlink(missing_ok=True)
+
+
+def overview(record: TrainRecord) -> str:
+    """The train on half a page, as Markdown: what it is, where its record lies, how it went."""
+    page = tracking.run_page(record.run_id)
+    rows = {
+        "Status": f"{current_status(record)}{f': {record.reason}' if record.reason else ''}",
+        "Description": record.config.description,
+        "Method": record.config.method,
+        "Base model": record.base or record.config.base_model,
+        "Dataset": record.dataset or record.config.dataset,
+        "Model": record.model,
+        "MLflow run": f"[{record.run_id}]({page})" if page else record.run_id,
+        **{f"Outcome: {name}": f"{value:g}" for name, value in record.outcome.items()},
+    }
+    table = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
+    lines = [f"# {record.id}", "", "| | |", "| --- | --- |", *table]
+    if record.evaluation:
+        which = list(record.evaluation)
+        lines += ["", f"| % | {' | '.join(which)} |", f"| --- |{' ---: |' * len(which)}"]
+        for name in record.evaluation[which[0]]:
+            values = (f"{record.evaluation[each][name]:.2f}" for each in which)
+            lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: str) -> str:
+    first = value.strip().splitlines()[0] if value.strip() else ""
+    return first.replace("|", "\\|")
 
 
 def cancel_train(record: TrainRecord) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
@@ -35,9 +36,11 @@ def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]:
 
 
 def prepare_model(job: contract.Job) -> Any:
-    """Load the base model and put what is trained on top of it."""
+    """Load the base model and put what is trained on top of it; the seed decides an adapter's first weights."""
+    set_seed(job.seed)
     p = job.parameters
-    model = models.load_model(job.inputs["base_model"], p["dtype"], load_in_4bit=p["load_in_4bit"])
+    dtype = training.weights_dtype(p["dtype"], full=p["tuning"] == "full")
+    model = models.load_model(job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
     model.config.use_cache = False
     if p["tuning"] == "full":
         return model

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from methods import contract
 from methods.toolkit.chat import render_prompt
 from methods.toolkit.generating import Sampling, generate
@@ -17,10 +19,19 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`. Returns the path, counts, seconds.
     """
-    requests = [json.loads(line) for line in Path(job.inputs["requests"]).read_text(encoding="utf-8").splitlines()]
+    # Lines end at a newline only: str.splitlines would also cut inside a message at U+2028 or U+0085.
+    with Path(job.inputs["requests"]).open(encoding="utf-8", newline="\n") as lines:
+        requests = [json.loads(line) for line in lines]
     prompts = [render_prompt(tokenizer, request["messages"]) for request in requests]
     p = job.parameters
     sampling = Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
+    torch.manual_seed(job.seed)
+
+    def on_progress(done: int) -> None:
+        job.progress(done, len(prompts))
+        if job.cancelled:
+            raise contract.Cancelled
+
     started = time.monotonic()
     answers = generate(
         model,
@@ -28,7 +39,7 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         prompts,
         sampling,
         batch_size=p["batch_size"],
-        on_progress=lambda done: job.progress(done, len(prompts)),
+        on_progress=on_progress,
     )
     path = job.output / "predictions.jsonl"
     with path.open("w", encoding="utf-8") as file:

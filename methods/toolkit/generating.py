@@ -62,7 +62,8 @@ def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], sampli
             attention_mask=torch.tensor(mask, device=model.device),
             **_arguments(model, tokenizer, sampling),
         )
-    return [_answer(tokenizer, row[width:].tolist(), sampling.max_new_tokens) for row in output]
+    ends = end_tokens(model, tokenizer)
+    return [_answer(tokenizer, row[width:].tolist(), ends, sampling.max_new_tokens) for row in output]
 
 
 def _arguments(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *ends})
 
 
-def _answer(tokenizer: Any, ids: list[int], limit: int) -> Answer:
-    length = next((i for i, token in enumerate(ids) if token == tokenizer.eos_token_id), len(ids))
+def _answer(tokenizer: Any, ids: list[int], ends: list[int], limit: int) -> Answer:
+    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
     return Answer(text, length, hit_limit=length == limit)

@@ -99,6 +99,10 @@ def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, 
             return None
         full = len(rendered.input_ids)
         rendered = _truncate(tokenizer, messages, rendered, limits)
+        if left := _excess(rendered, limits):
+            report.dropped_over_length += 1
+            _note(report, f"line {line} dropped: {left} even without its question")
+            return None
         report.truncated += 1
         report.tokens_cut += full - len(rendered.input_ids)
         _note(report, f"line {line} cut: {excess}")

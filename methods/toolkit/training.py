@@ -37,7 +37,7 @@ CURVES = {
 }
 """The trainer's own names and ours: the same curve has the same name for every method."""
 
-_POLYNOMIAL_POWER = 2.0
+_POLYNOMIAL = {"power": 2.0, "lr_end": 0.0}  # the library's own end, 1e-7, is above some learning rates
 
 
 def training_arguments(job: contract.Job, *, has_validation: bool) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def training_arguments(job: contract.Job, *, has_validation: bool) -> dict[str, 
         "max_steps": p["max_steps"] or -1,
         "learning_rate": p["learning_rate"],
         "lr_scheduler_type": p["lr_scheduler"],
-        "lr_scheduler_kwargs": {"power": _POLYNOMIAL_POWER} if p["lr_scheduler"] == "polynomial" else {},
+        "lr_scheduler_kwargs": _POLYNOMIAL if p["lr_scheduler"] == "polynomial" else {},
         "weight_decay": p["weight_decay"],
         "optim": OPTIMIZERS[p["optimizer"]],
         "max_grad_norm": p["max_grad_norm"],
@@ -80,6 +80,21 @@ def training_arguments(job: contract.Job, *, has_validation: bool) -> dict[str, 
         "dataloader_pin_memory": on_gpu,
         **evaluation,
     }
+
+
+def weights_dtype(dtype: str, *, full: bool) -> str:
+    """The dtype that weights are loaded in for training, by name.
+
+    Gradients in float16 underflow without a loss scaler, which works on float32 weights and on a GPU only.
+    Raises Refused where there is no such GPU.
+    """
+    if dtype != "float16":
+        return dtype
+    if not torch.cuda.is_available():
+        raise contract.Refused(
+            "dtype float16 can be trained on a CUDA GPU only: set dtype to auto, bfloat16 or float32"
+        )
+    return "float32" if full else "float16"
 
 
 class Repeatable:
@@ -178,6 +193,9 @@ class CheckpointKeeper(TrainerCallback):
         if self.job.cancelled:
             control.should_save = True
             control.should_training_stop = True
+        if control.should_save:
+            # A loss that was summed up but not logged is in no checkpoint: a resumed curve would lack it.
+            control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         contract.mark_complete(self.job.checkpoints / f"checkpoint-{state.global_step}")
@@ -199,6 +217,8 @@ class EventWriter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()
+        # trl counts from 0 again after a resume, and the curve would start anew.
+        self.trainer._total_train_tokens = last_logged("num_tokens", state.log_history)
         self.job.progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -247,16 +267,32 @@ def run_training(trainer: Any, job: contract.Job) -> dict[str, float]:
     outcome = trainer.train(resume_from_checkpoint=resume)
     if job.cancelled and trainer.state.global_step < trainer.state.max_steps:
         raise contract.Cancelled
-    if not math.isfinite(outcome.training_loss):
+    loss = mean_loss(trainer.state.log_history)
+    if not math.isfinite(loss):
         raise contract.Refused(
-            f"the loss became {outcome.training_loss}: the weights are of no use. "
+            f"the loss became {loss}: the weights are of no use. "
             "Lower learning_rate, lower max_grad_norm, or set dtype to float32 or bfloat16."
         )
     return {
         "steps": outcome.global_step,
         "seconds": outcome.metrics["train_runtime"],
-        "loss": outcome.training_loss,
+        "loss": loss,
     }
+
+
+def mean_loss(history: list[dict[str, float]]) -> float:
+    """Mean loss of all steps; the library's own mean leaves out those before a resume."""
+    total, last = 0.0, 0.0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else math.nan
+
+
+def last_logged(name: str, history: list[dict[str, float]]) -> float:
+    """The newest value of a curve in a trainer's history, 0 if there is none."""
+    return next((entry[name] for entry in reversed(history) if name in entry), 0)
 
 
 def remove_torn_checkpoints(checkpoints: Path) -> None:

@@ -24,8 +24,8 @@ def rows(language: str, split: str) -> list[dict[str, str]]:
 
 
 def commands(row: dict[str, str]) -> list[dict[str, Any]]:
-    answer = json.loads(row["completion"])
-    return answer if isinstance(answer, list) else [answer]
+    found: list[dict[str, Any]] = json.loads(row["completion"])
+    return found
 
 
 def test_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
@@ -49,6 +49,7 @@ def test_answers_are_in_their_normal_form(language: str) -> None:
     for row in (row for split in SIZES[language] for row in rows(language, split)):
         assert row.keys() == {"prompt", "completion"}
         assert json.dumps(json.loads(row["completion"]), separators=(",", ":")) == row["completion"]
+        assert 1 <= len(commands(row)) <= 2
         for command in commands(row):
             keys = ["device", "room", "action", "level", "time"]
             assert list(command) == [key for key in keys if key in command]

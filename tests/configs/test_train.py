@@ -70,7 +70,7 @@ def test_value_outside_of_a_typical_range_is_accepted() -> None:
     assert (given.lora_rank, given.batch_size, given.learning_rate) == (3, 1000, 0.9)
 
 
-@pytest.mark.parametrize("name", ["a", "客服-微调_1.0", "Run.2", "x" * 60])
+@pytest.mark.parametrize("name", ["a", "客服-微调_1.0", "Run.2", "x" * 60, "训" * 33])
 def test_name_may_have_letters_of_any_script(name: str) -> None:
     assert train(name=name).name == name
 
@@ -81,6 +81,12 @@ def test_name_may_have_letters_of_any_script(name: str) -> None:
 )
 def test_name_that_could_leave_its_folder_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
+        train(name=name)
+
+
+@pytest.mark.parametrize("name", ["训" * 34, "x" * 40 + "训" * 20 + "y"])
+def test_name_too_long_for_the_folders_named_after_it_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="too long for the folders"):
         train(name=name)
 
 

@@ -22,7 +22,8 @@ from configs.errors import UserError
 from configs.services import ServiceRecord
 from configs.settings import PROJECT_ROOT, Settings
 from deployments import services
-from deployments.processes import TOKEN_VARIABLE, is_alive, process_start
+from deployments.processes import TOKEN_VARIABLE, is_alive
+from tasks.processes import process_start
 
 CONNECT = """
 import json, sys
@@ -174,6 +175,12 @@ def test_up_starts_all_three_and_a_second_time_leaves_them_alone(installation: I
     assert [told.state for told in services.status(settings)] == ["running"] * 3
     for address in services.addresses(settings).model_dump().values():
         assert address in services.what_to_click(settings) or address.endswith("/api")
+
+
+def test_the_prefect_page_asks_the_server_it_came_from(installation: Installation) -> None:
+    found = services.addresses(installation.settings)
+    told = httpx.get(f"{found.prefect_ui}/ui-settings").json()
+    assert told["api_url"] == found.prefect_api
 
 
 def test_a_worker_waits_in_the_work_pool(installation: Installation) -> None:

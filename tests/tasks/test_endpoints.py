@@ -7,6 +7,7 @@ model current.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -228,6 +229,37 @@ def test_a_server_that_cannot_start_is_told_with_the_end_of_its_log(served: Serv
     assert servers_of(served.settings, "broken") == []
 
 
+def test_a_server_that_takes_too_long_is_stopped(served: Served) -> None:
+    with pytest.raises(UserError, match=r"not healthy within 0.5 s; it was stopped"):
+        endpoints.deploy(
+            "slow", "tiny", served.model, probes=[served.probe], settings=served.settings, start_timeout=0.5
+        )
+    assert servers_of(served.settings, "slow") == []
+
+
+def test_a_model_with_a_chinese_name_is_served_by_that_name(served: Served, tmp_path: Path) -> None:
+    name = "base_训练_20261122_ab12"
+    model = shutil.copytree(served.model, tmp_path / name)
+    deployed = endpoints.deploy("zh", name, model, probes=[served.probe], settings=served.settings)
+    try:
+        assert str(deployed.current).startswith(f"{name}_d_")
+        client = openai.OpenAI(base_url=deployed.address, api_key="none needed", max_retries=0)
+        assert client.models.retrieve(str(deployed.current)).id == deployed.current
+        assert [each.id for each in client.models.list()] == [deployed.current]
+        for asked in ("zh", str(deployed.current)):
+            assert ask(client, asked) == served.probe.answer
+        stream = client.chat.completions.create(
+            model=str(deployed.current), messages=QUESTION, temperature=0, max_tokens=TOKENS, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
+        assert "".join(piece for piece in pieces if piece) == served.probe.answer
+        with pytest.raises(openai.NotFoundError, match="训练"):
+            ask(client, "另一个模型")
+    finally:
+        endpoints.undeploy("zh", settings=served.settings)
+    assert servers_of(served.settings, "zh") == []
+
+
 @pytest.mark.parametrize("last_started", ["serve_model.py", "tasks.gateway"])
 def test_killed_deploy_leaves_nothing_running(served: Served, last_started: str) -> None:
     name = "killed-" + last_started.partition(".")[0].replace("_", "-")
@@ -313,6 +345,7 @@ def test_a_key_that_protects_nothing_is_refused(served: Served, monkeypatch: pyt
     [
         ({"endpoint": "../up"}, "not a usable name"),
         ({"model_name": "a/b"}, "not a usable name"),
+        ({"model_name": "训" * 67}, "at most 200 bytes"),
         ({"probes": []}, "at least one probe"),
         ({"target": "ollama"}, "no such deployment target"),
         ({"quantization": "gptq"}, "cannot quantise so"),

@@ -1,0 +1,276 @@
+"""The forms of the Prefect page: JSON schemas made from the pydantic models and the manifests of the methods.
+
+The server checks every run against them (Prefect reads 2020-12). What its page (V2) draws well decides their shape:
+
+- Everything is written out in place, because the server accepts null for an optional field only where it is.
+- An optional field is its plain type without a default: an empty box, and a refusal that names the limit. As
+  `anyOf` with null it would be two tabs, and every refusal "not valid under any of the given schemas".
+- Every field has a position; a form in which some have none is drawn in a scrambled order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from configs.datasets import RequestedShape
+from configs.endpoints import EndpointName, Quantization, Target
+from configs.errors import UserError
+from configs.reference import typical_of, typical_text
+from configs.resolve import DEFAULT, ResolvedTrain, resolve_train
+from configs.train import Hyperparameters, Slug, Text, TrainConfig
+from methods.registry import Method
+
+Through = Literal["customized", "complete", "deployed"]
+Schema = dict[str, Any]
+
+FORM = "form"
+
+# What most people set, in the order of the form. All other fields follow, as the models declare them.
+_COMMON_TRAIN = (
+    "name",
+    "description",
+    "base_model",
+    "dataset",
+    "prompt_column",
+    "completion_column",
+    "validation_dataset",
+    "validation_split",
+    "evaluation_dataset",
+    "hyperparameters",
+    "method_params",
+)
+_COMMON_HYPER = (
+    "tuning",
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "batch_size",
+    "grad_accum_steps",
+    "max_seq_length",
+    "lora_rank",
+    "lora_alpha",
+    "load_in_4bit",
+    "seed",
+)
+# `through` is the deployment's own path; `endpoint` is asked for beside the train.
+_NOT_ASKED = ("through", "endpoint", "method")
+_KEPT = (
+    "type",
+    "enum",
+    "const",
+    "default",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "items",
+    "format",
+    "not",
+    "examples",
+)
+
+
+class ServedAt(BaseModel):
+    """Where and how a model is served; what the flow `deployed` asks beside the train or the model."""
+
+    endpoint: EndpointName | None = Field(
+        default=None,
+        title="Endpoint",
+        description="Endpoint to deploy to, such as home-commands. Empty: one named after the model's line.",
+    )
+    target: Target = Field(default="transformers", title="Target", description="What serves the model.")
+    quantization: Quantization | None = Field(
+        default=None, title="Quantization", description="How the weights are held while serving. Empty: as they are."
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        default=None, title="Port", description="Port of a new endpoint. Empty: a free one from 8100."
+    )
+
+
+class CompleteFromModel(BaseModel):
+    """What the flow `complete` needs to start from a model."""
+
+    model: Text = Field(
+        title="Customized model", description="Name of a customized model, LINE@ALIAS, or the train that made it."
+    )
+
+
+class DeployedFromModel(ServedAt):
+    """What the flow `deployed` needs to start from a model."""
+
+    model: Text = Field(
+        title="Model", description="Name of a base, customized or complete model, LINE@ALIAS, or a train."
+    )
+
+
+class Undeploy(BaseModel):
+    """What the flow `undeploy` needs."""
+
+    endpoint: EndpointName = Field(title="Endpoint", description="Name of the endpoint; its address is kept.")
+
+
+class AddDataset(BaseModel):
+    """What the flow `add-dataset` needs."""
+
+    file: Text = Field(
+        title="File", description="JSON Lines or JSON file on the host that the worker runs on; its absolute path."
+    )
+    name: Slug | None = Field(default=None, title="Name", description="Name of the dataset. Empty: the file's.")
+    prompt_column: Text | None = Field(
+        default=None, title="Prompt column", description="Column of the prompt. Empty: found from the shape."
+    )
+    completion_column: Text | None = Field(
+        default=None, title="Answer column", description="Column of the answer. Empty: found from the shape."
+    )
+    shape: RequestedShape = Field(
+        default="auto", title="Shape", description="How a row is laid out; auto recognises it from the first rows."
+    )
+    allow_refused: bool = Field(
+        default=False,
+        title="Allow refused rows",
+        description="Store the good rows although others are refused; otherwise nothing is stored.",
+    )
+
+
+class AddBaseModel(BaseModel):
+    """What the flow `add-base-model` needs."""
+
+    name: Slug = Field(title="Name", description="Name to choose the model by.")
+    path: Text | None = Field(
+        default=None,
+        title="Folder",
+        description="Folder with config.json and safetensors on the host that the worker runs on. This, or a hub id.",
+    )
+    hub: Text | None = Field(default=None, title="Hub id", description="OWNER/NAME on the hub. This, or a folder.")
+    revision: Text | None = Field(default=None, title="Revision", description="Revision on the hub.")
+    title: Text | None = Field(default=None, title="Title", description="Title. Empty: the name.")
+    description: str = Field(default="", max_length=500, title="Description", description="What it is good for.")
+    license: str = Field(default="", max_length=100, title="License", description="License of the weights.")
+
+
+def train_form(method: Method, through: Through, base_models: Sequence[str]) -> Schema:
+    """The form of a train of this method that goes as far as `through`.
+
+    `base_models` are the registered ones, told as examples: a folder or a hub id is fine as well.
+    """
+    train = _object(TrainConfig, _COMMON_TRAIN, without=_NOT_ASKED)
+    fields = train["properties"]
+    fields["base_model"]["examples"] = list(base_models)
+    fields["base_model"]["description"] += f" Registered: {', '.join(base_models)}."
+    fields["hyperparameters"] = _hyperparameter_form(through) | {"title": "Hyper-parameters"}
+    fields["method_params"] = _method_form(method)
+    if not method.parameters:
+        del fields["method_params"]
+    # Required, so that a run started through the API cannot train with another method than its deployment's.
+    fields["method"] = {
+        "type": "string",
+        "enum": [method.name],
+        "default": method.name,
+        "title": "Training method",
+        "description": method.description,
+    }
+    train["required"].append("method")
+    _number(fields)
+    properties = {"train": train | {"title": "Train"}}
+    if through == "deployed":
+        properties |= _object(ServedAt)["properties"]
+    _number(properties)
+    return {"type": "object", "properties": properties, "required": ["train"], "additionalProperties": False}
+
+
+def plain_form(model: type[BaseModel], first: Sequence[str] = ()) -> Schema:
+    """The form of a flow whose parameters are the fields of `model`; those named `first` stand on top."""
+    return _object(model, first)
+
+
+def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = None) -> ResolvedTrain:
+    """The configuration a form gave, with the path of its flow, the origin of every value and the warnings.
+
+    A form sends its defaults too, so what differs from the defaults is what somebody has set.
+    Raises UserError for values that contradict each other on this path.
+    """
+    if train.through not in (None, through):
+        raise UserError(
+            "this flow does not go as far as the train is to go, or further",
+            field="through",
+            value=train.through,
+            expected=through,
+            mend=f"leave it out, or run the flow {train.through}",
+        )
+    given = train.model_dump(mode="json", exclude_defaults=True) | {"through": through}
+    if endpoint is not None:
+        given["endpoint"] = endpoint
+    found = resolve_train(copied=given, copied_from=FORM)
+    origins = {name: DEFAULT if origin == DEFAULT else FORM for name, origin in found.origins.items()}
+    return found.model_copy(update={"origins": origins})
+
+
+# --- schemas -----------------------------------------------------------------------------------------------
+
+
+def _hyperparameter_form(through: Through) -> Schema:
+    form = _object(Hyperparameters, _COMMON_HYPER)
+    if through == "customized":
+        # Full tuning leaves self-contained weights: there is no customized model to end with.
+        form["properties"]["tuning"]["enum"] = ["lora"]
+    return form
+
+
+def _method_form(method: Method) -> Schema:
+    fields = {name: {"title": name, **schema} for name, schema in method.parameters.items()}
+    _number(fields)
+    return {
+        "type": "object",
+        "title": "Method parameters",
+        "description": f"Parameters that only {method.name} has.",
+        "properties": fields,
+        "additionalProperties": False,
+    }
+
+
+def _object(model: type[BaseModel], first: Sequence[str] = (), without: Sequence[str] = ()) -> Schema:
+    schema = model.model_json_schema()
+    names = _ordered(schema["properties"], first, without)
+    fields = {name: _field(name, schema["properties"][name], schema.get("$defs", {})) for name in names}
+    _number(fields)
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": [name for name in schema.get("required", []) if name in fields],
+        "additionalProperties": False,
+    }
+
+
+def _ordered(properties: Iterable[str], first: Sequence[str], without: Sequence[str]) -> list[str]:
+    present = [name for name in properties if name not in without]
+    return [*first, *(name for name in present if name not in first)]
+
+
+def _number(fields: Mapping[str, Schema]) -> None:
+    for position, field in enumerate(fields.values()):
+        field["position"] = position
+
+
+def _field(name: str, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Schema:
+    """One field as the page draws it: a single type, its limits, and the typical range in its description."""
+    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    # Where text is one of several kinds (`q_proj,v_proj` or a list), text says all of it.
+    chosen = next((option for option in options if option.get("type") == "string"), options[0])
+    if "$ref" in chosen:
+        chosen = definitions[chosen["$ref"].rpartition("/")[2]]
+    field = {key: value for key, value in {**schema, **chosen}.items() if key in _KEPT}
+    if field.get("default", "") is None:
+        del field["default"]
+    if "const" in field:
+        field["enum"] = [field.pop("const")]
+    described = [str(schema.get("description", ""))]
+    typical = typical_of(dict(schema))
+    if typical is not None:
+        described.append(f"Typical: {typical_text(typical)}.")
+    return field | {"title": schema.get("title", name), "description": " ".join(filter(None, described))}
