@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
 from configs.aliases import SPELLINGS
 from configs.train import Hyperparameters, TrainConfig, Typical
+
+_DEFAULTS_IN_WORDS = ("required", "see below", "none", "not set", "empty")
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
@@ -72,31 +74,63 @@ def is_typical(value: float, typical: Typical) -> bool:
     return typical["low"] <= value <= typical["high"] and (step is None or value % step == 0)
 
 
+class Parameter(NamedTuple):
+    """One parameter in words; `typical` is empty if nothing is documented."""
+
+    name: str
+    spellings: tuple[str, ...]
+    default: str
+    limits: str
+    typical: str
+    meaning: str
+
+
+def parameters() -> dict[str, list[Parameter]]:
+    """All parameters by heading: first the train's own, then the hyper-parameters."""
+    models: dict[str, type[BaseModel]] = {"Train": TrainConfig, "Hyper-parameters": Hyperparameters}
+    return {
+        heading: [_parameter(name, schema, model) for name, schema in fields_of(model).items()]
+        for heading, model in models.items()
+    }
+
+
 def parameter_table() -> str:
-    """The reference table of all parameters in Markdown: first the train's own, then the hyper-parameters."""
+    """The reference table of all parameters in Markdown."""
     parts = []
-    for heading, model in (("Train", TrainConfig), ("Hyper-parameters", Hyperparameters)):
+    for heading, found in parameters().items():
         lines = [
             f"### {heading}",
             "",
             "| Name | Also written | Default | Limits | Typical | Meaning |",
             "| --- | --- | --- | --- | --- | --- |",
-            *(_row(name, schema, model) for name, schema in fields_of(model).items()),
+            *(_row(parameter) for parameter in found),
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _row(name: str, schema: dict[str, Any], model: type[BaseModel]) -> str:
+def _parameter(name: str, schema: dict[str, Any], model: type[BaseModel]) -> Parameter:
     typical = typical_of(schema)
-    spellings = ", ".join(f"`{spelling}`" for spelling in SPELLINGS.get(name, ()))
+    return Parameter(
+        name=name,
+        spellings=SPELLINGS.get(name, ()),
+        default=_default_text(name, model),
+        limits=limits_of(schema),
+        typical=f"{typical_text(typical)} ({typical['source']})" if typical else "",
+        meaning=str(schema.get("description", "")),
+    )
+
+
+def _row(parameter: Parameter) -> str:
+    spellings = ", ".join(f"`{spelling}`" for spelling in parameter.spellings)
+    default = parameter.default
     cells = (
-        f"`{name}`",
+        f"`{parameter.name}`",
         spellings or "–",
-        _default_text(name, model),
-        limits_of(schema),
-        f"{typical_text(typical)} ({typical['source']})" if typical else "–",
-        str(schema.get("description", "")),
+        default if default in _DEFAULTS_IN_WORDS else f"`{default}`",
+        parameter.limits,
+        parameter.typical or "–",
+        parameter.meaning,
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -111,4 +145,4 @@ def _default_text(name: str, model: type[BaseModel]) -> str:
         return "not set"
     if field.default == "":
         return "empty"
-    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)

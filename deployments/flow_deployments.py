@@ -21,7 +21,7 @@ TAG = "tuneline"
 _PAGE = 200  # the most deployments that Prefect tells at once
 
 # A module, not a file: the flows are found wherever Tuneline is installed, whatever folder a worker runs in.
-_FLOWS = {
+ENTRYPOINTS = {
     "customized": "flows.customized.customized",
     "complete": "flows.complete.complete",
     "deployed": "flows.deployed.deployed",
@@ -188,7 +188,7 @@ def _match(
 def _fields(wanted: FlowDeployment, settings: Settings) -> dict[str, Any]:
     return {
         "description": wanted.description,
-        "entrypoint": _FLOWS[wanted.flow],
+        "entrypoint": ENTRYPOINTS[wanted.flow],
         "parameter_openapi_schema": wanted.form,
         "enforce_parameter_schema": True,
         "work_pool_name": WORK_POOL,

@@ -163,6 +163,7 @@ def train_form(method: Method, through: Through, base_models: Sequence[str]) -> 
     fields = train["properties"]
     fields["base_model"]["examples"] = list(base_models)
     fields["base_model"]["description"] += f" Registered: {', '.join(base_models)}."
+    fields["dataset"]["description"] += " A file: its absolute path on the host that the worker runs on."
     fields["hyperparameters"] = _hyperparameter_form(through) | {"title": "Hyper-parameters"}
     fields["method_params"] = _method_form(method)
     if not method.parameters:
@@ -208,7 +209,8 @@ def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = No
         given["endpoint"] = endpoint
     found = resolve_train(copied=given, copied_from=FORM)
     origins = {name: DEFAULT if origin == DEFAULT else FORM for name, origin in found.origins.items()}
-    return found.model_copy(update={"origins": origins})
+    warnings = [warning.replace(f"copied from {FORM}", f"the {FORM}") for warning in found.warnings]
+    return found.model_copy(update={"origins": origins, "warnings": warnings})
 
 
 # --- schemas -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ process PID is ended. Prefect's embedded server needs this: Prefect ends it at t
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -19,6 +20,27 @@ from tasks.processes import find_process, process_start
 _EMBEDDED_SERVER = "prefect.server.api.server:create_app"
 _STOP_SECONDS = 5.0
 _guards: dict[int, subprocess.Popen[bytes]] = {}  # kept, so that their standard inputs stay open
+
+
+def start_embedded_server() -> None:
+    """Start the Prefect server that this process needs if none is standing; it ends with this process, not before.
+
+    To be called before a flow. The server of Prefect's own would be ended by the Ctrl-C in the terminal that the
+    flow is still to tell it of, and the flow would wait for it for minutes.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    # A process inherits which signals are blocked: Ctrl-C does not reach the server, and us when it has started.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            client.hello()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    guard_embedded_server()
 
 
 def guard_embedded_server() -> None:

@@ -238,7 +238,9 @@ def status(json_: Json = False) -> None:
         )
         return
     _show_services(services)
+    print()
     print_table(("Running train", "Since"), [(r.id, r.created) for r in running], "no train is running")
+    print()
     cli_deployments.show_all(endpoints)
 
 

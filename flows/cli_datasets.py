@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,14 +92,15 @@ def show(
     if json_:
         print_json(version.model_dump(mode="json"))
         return
-    print_fields({"dataset": version.reference, "folder": version.path.parent, "created": version.created})
-    show_report(version.report)
+    stored = {"dataset": version.reference, "folder": version.path.parent, "created": version.created}
+    show_report(version.report, stored)
 
 
-def show_report(report: DatasetReport) -> None:
+def show_report(report: DatasetReport, first: Mapping[str, object] | None = None) -> None:
     """Print what reading a file found: counts first, then every kind of problem with its first offenders."""
     print_fields(
         {
+            **(first or {}),
             "file": report.file,
             "shape": f"{report.shape} ({report.format})",
             "columns": ", ".join(report.columns_seen),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from flows.printing import print_fields, print_json, print_table
+from flows.printing import print_block, print_fields, print_heading, print_json, print_table
 
 app = typer.Typer(help="Training methods.", no_args_is_help=True)
 
@@ -29,7 +30,6 @@ def list_(json_: Json = False) -> None:
 @app.command()
 def show(method: Annotated[str, typer.Argument(help="Name of a method.")], json_: Json = False) -> None:
     """One method: its stages, and every parameter it takes."""
-    from configs.reference import parameter_table
     from methods.registry import find_method
 
     found = find_method(method)
@@ -49,4 +49,20 @@ def show(method: Annotated[str, typer.Argument(help="Name of a method.")], json_
     )
     rows = [(name, stage.file, stage.environment) for name, stage in found.stages.items()]
     print_table(("Stage", "File", "Environment"), rows, "no stages")
-    print(parameter_table())
+    _print_parameters()
+
+
+def _print_parameters() -> None:
+    """The reference of all parameters: for reading in a terminal, as Markdown for a file."""
+    from configs.reference import parameter_table, parameters
+
+    if not sys.stdout.isatty():
+        print(parameter_table())
+        return
+    for heading, found in parameters().items():
+        print_heading(heading)
+        for each in found:
+            typical = f"; typical {each.typical}" if each.typical else ""
+            print_block(each.name, each.meaning, f"Default: {each.default}. Takes {each.limits}{typical}.")
+            if each.spellings:
+                print_block("", f"Also written {', '.join(each.spellings)}.")

@@ -41,6 +41,7 @@ def list_(json_: Json = False) -> None:
         (e.name, e.type, e.path or e.hub or (e.wheel and e.wheel.requirement), e.license) for e in bases.values()
     ]
     print_table(("Base model", "Type", "Source", "License"), sources, "none", title="Preset")
+    print()
     rows = [(m.name, m.stage, m.line, aliases.get(m.name, []), m.base, m.created) for m in models]
     print_table(
         ("Model", "Stage", "Line", "Aliases", "Base", "Created"), rows, "no models of your own yet", title="Mine"

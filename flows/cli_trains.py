@@ -75,8 +75,9 @@ def show_configuration(resolved: ResolvedTrain) -> None:
     rows = [(name.removeprefix("hyperparameters."), _here(value), origin) for name, value, origin in describe(resolved)]
     given = [(name, value, _short_origin(origin)) for name, value, origin in rows if origin != DEFAULT]
     print_table(("Parameter", "Value", "From"), given, "every parameter has its default")
-    print("Defaults:")
+    print("\nDefaults:")
     print_wrapped([f"{name}: {value or '-'}" for name, value, origin in rows if origin == DEFAULT])
+    print()
     for warning in resolved.warnings:
         print_warning(warning)
 
@@ -143,6 +144,7 @@ def show_outcome(record: TrainRecord) -> None:
         {"train": record.id, "status": record.status, "models": "\n".join(made), **record.outcome, "run": record.run_id}
     )
     if "tuned" in record.evaluation:
+        print()
         print_scores(record.evaluation.get("base"), record.evaluation["tuned"], ("Base", "Fine-tuned"))
 
 
@@ -300,4 +302,5 @@ def compare(
     differing = [(name, *values) for name, values in comparison.parameters.items()]
     print_table(columns, differing, "no parameter differs", title="Parameters that differ")
     figures = [(name, *values) for name, values in comparison.figures.items()]
+    print()
     print_table(columns, figures, "no figures yet", title="Outcome")

@@ -10,6 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.resolve import resolve_train
 from configs.settings import load_settings
+from deployments.guard import start_embedded_server
 from deployments.services import connect
 
 
@@ -24,6 +25,7 @@ def run_flow_file(flow: Any) -> None:
     parser.add_argument("--model", help="start from this model instead of from a train")
     parser.add_argument("--resume", metavar="TRAIN", help="take up this train again")
     given = parser.parse_args()
+    start_embedded_server()
     try:
         if given.resume is not None:
             result = flow(resume=load_train(given.resume).id)

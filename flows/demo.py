@@ -6,7 +6,10 @@ stage, with no server running, and asks the deployed model one question.
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.resolve import resolve_train
@@ -35,13 +38,18 @@ def run_demo() -> None:
     _next_steps(record, time.monotonic() - started)
 
 
+def _endpoint_of(record: TrainRecord) -> str:
+    from tasks.deploying import endpoint_name
+
+    return record.config.endpoint or endpoint_name(record.config.name)
+
+
 def _ask(record: TrainRecord) -> None:
     from tasks.datasets import find_dataset
-    from tasks.deploying import endpoint_name
     from tasks.endpoints import load_endpoint
     from tasks.evaluation import read_conversations
 
-    endpoint = load_endpoint(record.config.endpoint or endpoint_name(record.config.name))
+    endpoint = load_endpoint(_endpoint_of(record))
     question = read_conversations(find_dataset(str(record.evaluation_dataset)).path, 1)[0][0]["content"]
     print(f"POST {endpoint.address}/chat/completions")
     print(f"  you:   {question}")
@@ -65,11 +73,23 @@ def _answer(endpoint: Endpoint, question: str) -> str:
 
 def _next_steps(record: TrainRecord, seconds: float) -> None:
     settings = load_settings()
-    endpoint = record.config.endpoint or record.config.name
+    pages = f"http://{settings.host}:{settings.prefect_port} and http://{settings.host}:{settings.mlflow_port}"
+    steps = {
+        "up": f"opens the pages of Prefect and MLflow: {pages}",
+        f"trains show {record.id}": "everything about this train",
+        f"trains copy {record.id} --set learning_rate=5e-4 --run": "the same with one thing changed",
+        f"undeploy {_endpoint_of(record)}": "stops the endpoint",
+        "down": "closes the pages",
+    }
     print(f"The whole job took {seconds // 60:.0f} min {seconds % 60:.0f} s. Everything is recorded:")
-    print(f"  .venv/bin/tuneline up                     # Prefect: http://{settings.host}:{settings.prefect_port}")
-    print(f"                                            # MLflow:  http://{settings.host}:{settings.mlflow_port}")
-    print(f"  .venv/bin/tuneline trains show {record.id}")
-    print(f"  .venv/bin/tuneline trains copy {record.id} --set learning_rate=5e-4 --run")
-    print(f"  .venv/bin/tuneline undeploy {endpoint}     # stop the endpoint")
-    print("  .venv/bin/tuneline down                   # stop the pages")
+    for arguments, meaning in steps.items():
+        print(f"  {_program()} {arguments}\n      {meaning}")
+
+
+def _program() -> str:
+    """How this program is called from the working folder."""
+    own = Path(sys.executable).with_name("tuneline")
+    found = shutil.which("tuneline")
+    if found is not None and Path(found).samefile(own):
+        return "tuneline"
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)

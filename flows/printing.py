@@ -21,6 +21,7 @@ SCORE_TITLES = {
     "hit_limit": "Cut at the limit",
 }
 _GAP = 2
+_SHORT = 20
 
 
 def console() -> Console:
@@ -38,35 +39,37 @@ def print_json(content: object) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str, title: str | None = None) -> None:
     """Print rows under their headings, or the sentence `empty` if there are none.
 
-    Cells are wrapped between words. Where not even their longest words fit side by side, each row becomes a block:
-    its first cell, and the others below it with their headings. Nothing is ever cut.
+    Cells are wrapped between words. Where they do not fit side by side even so, each row becomes a block: its first
+    cell, and the others below it with their headings. Nothing is ever cut.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     if not cells:
         print(empty)
-    elif len(columns) > 2 and _narrowest(columns, cells) > console().width:
+        return
+    least = [max(map(_unbroken, texts)) for texts in zip(columns, *cells, strict=True)]
+    if len(columns) > 2 and sum(least) + _GAP * len(least) > console().width:
         _print_blocks(columns, cells, title)
     else:
-        _print_grid(columns, cells, title)
+        _print_grid(columns, cells, title, least)
 
 
-def _narrowest(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """The least width of the grid, in which every word is on one line."""
+def _unbroken(text: str) -> int:
+    """The width that a cell needs: that of its longest word; a short text, such as a date, stays on one line."""
     from rich.cells import cell_len
 
-    longest = (
-        max((cell_len(word) for text in texts for word in text.split()), default=0)
-        for texts in zip(columns, *cells, strict=True)
-    )
-    return sum(longest) + _GAP * (len(columns) - 1)
+    return cell_len(text) if len(text) <= _SHORT else max(map(cell_len, text.split()), default=0)
 
 
-def _print_grid(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None) -> None:
-    from rich.table import Table
+def _print_grid(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None, least: Sequence[int]
+) -> None:
+    from rich.table import Column, Table
     from rich.text import Text
 
+    # The last column takes what is left, so that a long path there is folded instead of the names before it.
+    widths = [*least[:-1], None]
     table = Table(
-        *columns,
+        *(Column(name, min_width=width) for name, width in zip(columns, widths, strict=True)),
         title=title,
         title_justify="left",
         title_style="bold",
@@ -78,20 +81,38 @@ def _print_grid(columns: Sequence[str], cells: Sequence[Sequence[str]], title: s
     )
     for row in cells:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
-    console().print(table)
+    out = console()
+    with out.capture() as capture:
+        out.print(table)
+    # Rows are filled up with blanks, which get in the way of copying and of `grep`.
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _print_blocks(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None) -> None:
+    if title:
+        print_heading(title)
+    for first, *others in cells:
+        named = [f"{name}: {cell}" if name else cell for name, cell in zip(columns[1:], others, strict=True)]
+        print_block(first, " · ".join(named))
+
+
+def print_heading(text: str) -> None:
+    """Print a heading on a line of its own."""
+    from rich.text import Text
+
+    console().print(Text(text, style="bold"))
+
+
+def print_block(first: str, *below: str) -> None:
+    """Print a name, if it has one, and paragraphs indented below it, wrapped between words."""
     from rich.padding import Padding
     from rich.text import Text
 
     out = console()
-    if title:
-        out.print(Text(title, style="bold"))
-    for first, *others in cells:
-        out.print(Text(first or "-", style="bold", overflow="fold"))
-        named = [f"{name} {cell}".strip() for name, cell in zip(columns[1:], others, strict=True)]
-        out.print(Padding(Text(" · ".join(named), overflow="fold"), (0, 0, 0, 2)))
+    if first:
+        out.print(Text(first, style="bold", overflow="fold"))
+    for text in below:
+        out.print(Padding(Text(text, overflow="fold"), (0, 0, 0, _GAP)))
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
@@ -144,6 +165,8 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items()) or "-"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "-"
     return str(value)

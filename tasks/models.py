@@ -100,8 +100,10 @@ def _logged_model(record: ModelRecord) -> Any:
     begun = client.search_logged_models([experiment], filter_string=f"tags.`tuneline.model` = '{record.name}'")
     if begun:
         return begun[0]
+    # MLflow allows no dot in this name (`qwen2.5`); the tag holds the true one, which is what is searched for.
+    name = record.name.replace(".", "-")
     return client.create_logged_model(
-        experiment, name=record.name, source_run_id=record.run_id, tags=_lineage(record), model_type=record.stage
+        experiment, name=name, source_run_id=record.run_id, tags=_lineage(record), model_type=record.stage
     )
 
 
@@ -184,6 +186,35 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
         expected="the name of a model, LINE@ALIAS, a train, a base model, a folder or a hub id",
         mend=f"did you mean {' or '.join(near)}?" if near else "`tuneline models list` shows them",
     )
+
+
+def own_base(reference: str, settings: Settings) -> ModelRecord | None:
+    """The complete model of one's own that a train is to start from, by its name or LINE@ALIAS; None for another.
+
+    Raises UserError for one that is not self-contained.
+    """
+    name = _name_of_alias(*reference.rsplit("@", 1)) if "@" in reference else reference
+    record = next((model for model in list_models(settings) if model.name == name and model.stage != "base"), None)
+    if record is not None and record.adapter:
+        raise UserError(
+            "a train starts from self-contained weights, and this is an adapter",
+            field="base_model",
+            value=reference,
+            mend=f"`tuneline save {name}` makes a complete model of it",
+        )
+    return record
+
+
+def base_folder(reference: str, settings: Settings) -> tuple[str, Path]:
+    """Name and folder of what a train starts from: a complete model of one's own, or a base model, fetched if need be.
+
+    Raises UserError if there is none.
+    """
+    own = own_base(reference, settings)
+    if own is not None:
+        return own.name, own.path
+    base = base_record(reference, settings)
+    return base.name, base.path
 
 
 def _name_of_alias(line: str, alias: str) -> str:

@@ -62,8 +62,21 @@ class StageProgress:
                 self._show_phase(event["name"])
             elif kind == "warning":
                 self.logger.warning("%s: %s", self.title, event["text"])
+                if self.line is not None:
+                    self.line.console.print(
+                        f"  {self.title}: {event['text']}", style="yellow", markup=False, highlight=False
+                    )
         if events:
             self._show()
+
+    def finish(self) -> None:
+        """Show the end of a stage that has ended well: the last steps may have come in its pause."""
+        if not self.total:
+            return
+        if self.line is not None:
+            self.line.show(self.total, self.total, self.note())
+        if self.artifact is not None:
+            self.artifact.update(100.0, self.note())
 
     def note(self) -> str:
         """Step, loss, speed and time left as one line."""
@@ -131,8 +144,8 @@ def showing(title: str, key: str) -> Iterator[StageProgress]:
     progress = StageProgress(title, line, logger, ProgressArtifact(key, logger))
     if line is None:
         yield progress
+        progress.finish()
         return
     with line.bar:
         yield progress
-        if progress.total:
-            line.show(progress.total, progress.total, progress.note())
+        progress.finish()

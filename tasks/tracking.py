@@ -47,7 +47,10 @@ def experiment_id(settings: Settings) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=mlflow_artifact_location(settings)))
+            location = mlflow_artifact_location(settings)
+            # Without its kind the page guesses, and shows trains as evaluations of a chat application.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=kind))
         except MlflowException:  # made by another process in between
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
@@ -124,15 +127,15 @@ def train_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
 
 
-def log_scores(run_id: str, prefix: str, values: Mapping[str, float], model_id: str | None = None) -> None:
-    """Record figures as metrics named `PREFIX/NAME`, of the run and, if one is given, of a logged model."""
+def log_scores(run_id: str, values: Mapping[str, float], model_id: str | None = None) -> None:
+    """Record figures as metrics, of the run and, if one is given, of a logged model.
+
+    Names hold no slash: MLflow draws whatever stands before one as a section above the curves.
+    """
     from mlflow.entities import Metric
 
     stamp = int(time.time() * 1000)
-    metrics = [
-        Metric(f"{prefix}/{name}", float(value), stamp, 0, model_id=model_id, run_id=run_id)
-        for name, value in values.items()
-    ]
+    metrics = [Metric(name, float(value), stamp, 0, model_id=model_id, run_id=run_id) for name, value in values.items()]
     mlflow_client().log_batch(run_id, metrics=metrics)
 
 

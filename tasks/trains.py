@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.base_models import find_base_model
 from configs.datasets import Columns, DatasetVersion
 from configs.errors import UserError
 from configs.records import ModelRecord, TrainRecord, TrainStatus, now
@@ -23,7 +22,6 @@ from configs.train import TrainConfig
 from methods import contract
 from methods.registry import find_method
 from tasks import models, tracking
-from tasks.base_models import fetch_base_model
 from tasks.datasets import find_dataset, resolve_dataset, write_split
 from tasks.evaluation import evaluate, keep_evaluation
 from tasks.files import read_record, write_record, write_text
@@ -222,11 +220,9 @@ def note_flow_run(record: TrainRecord, flow_run_id: str | None, url: str | None)
 
 def fetch_base(record: TrainRecord) -> TrainRecord:
     """Bring the base model to this host."""
-    settings = load_settings()
-    entry = find_base_model(record.config.base_model, settings)
-    path = fetch_base_model(entry, settings)
-    tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", entry.name)
-    return update_train(record.id, base=entry.name, base_path=path)
+    name, path = models.base_folder(record.config.base_model, load_settings())
+    tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", name)
+    return update_train(record.id, base=name, base_path=path)
 
 
 def prepare_datasets(record: TrainRecord) -> TrainRecord:
@@ -313,7 +309,7 @@ def _keep_outcome(record: TrainRecord) -> TrainRecord:
     outcome = {name: float(result[name]) for name in ("steps", "seconds", "loss") if name in result}
     sync_curves(record)
     if outcome != record.outcome:
-        tracking.log_scores(record.run_id, "train", outcome)
+        tracking.log_scores(record.run_id, {f"train_{name}": value for name, value in outcome.items()})
     return update_train(record.id, outcome=outcome)
 
 
@@ -453,7 +449,8 @@ def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
     new = complete.registered_version is None
     complete = models.publish_model(complete, folder / "output")
     if complete.run_id is not None and new:
-        tracking.log_scores(complete.run_id, "merge", complete.verification, models.logged_model_id(complete))
+        proof = {f"merge_{name}": value for name, value in complete.verification.items()}
+        tracking.log_scores(complete.run_id, proof, models.logged_model_id(complete))
     if complete.train is not None and (train_folder(complete.train) / RECORD_FILE).exists():
         update_train(complete.train, model=complete.name)
     return complete

@@ -236,7 +236,7 @@ def test_registered_model_carries_lineage_and_scores(lora: ModelRecord) -> None:
     assert version.tags["tuneline.score.rouge_l"] == f"{lora.evaluation['rouge_l']:.2f}"
     logged = client.get_logged_model(str(models.logged_model_id(lora)))
     assert {metric.key: metric.value for metric in logged.metrics} == {
-        f"tuned/{name}": value for name, value in lora.evaluation.items()
+        f"{name}_tuned": value for name, value in lora.evaluation.items()
     }
     assert logged.model_id in {output.model_id for output in run_of(lora).outputs.model_outputs}
 
