@@ -110,8 +110,10 @@ def deploy(
     cli_models.find(model)  # a mistake is told before a flow is begun, which would be recorded
     endpoint = cli_deployments.checked_name(endpoint)
     cli_trains.embedded()
+    from deployments.guard import start_embedded_server
     from flows.deployed import deployed
 
+    start_embedded_server()
     served = deployed(model=model, endpoint=endpoint, target=target, quantization=quantization, port=port)
     cli_deployments.show(served)
 

@@ -124,11 +124,13 @@ def start(resolved: ResolvedTrain) -> TrainRecord:
 
 
 def _run_flow(through: str, arguments: dict[str, Any]) -> ModelRecord | Endpoint:
+    from deployments.guard import start_embedded_server
     from flows.complete import complete
     from flows.customized import customized
     from flows.deployed import deployed
     from tasks.progress import TerminalLine
 
+    start_embedded_server()
     TerminalLine.on = True
     flows: dict[str, Callable[..., Any]] = {"customized": customized, "complete": complete, "deployed": deployed}
     result: ModelRecord | Endpoint = flows[through](**arguments)

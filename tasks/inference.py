@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from configs.records import ModelRecord
@@ -52,7 +54,8 @@ def answer_prompts(
     settings.root.mkdir(parents=True, exist_ok=True)
     method = find_method(model.method)
     stage: StageName = "inference-customized" if model.adapter else "inference-complete"
-    work = Path(tempfile.mkdtemp(prefix="inference-", dir=settings.root))
+    _remove_left_behind(settings.root)
+    work = Path(tempfile.mkdtemp(prefix=f"inference-{os.getpid()}-", dir=settings.root))
     try:
         requests = work / "requests.jsonl"
         lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
@@ -70,6 +73,13 @@ def answer_prompts(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [Answer.model_validate_json(line) for line in predictions.split("\n")[:-1]]
+
+
+def _remove_left_behind(root: Path) -> None:
+    """Remove the work folders of processes that were killed while their models answered."""
+    for folder in root.glob("inference-*-*"):
+        if not psutil.pid_exists(int(folder.name.split("-")[1])):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _weights(model: ModelRecord) -> dict[str, str]:

@@ -116,14 +116,14 @@ def test_alias_moves_from_model_to_model_of_a_line_and_goes(line: str, tmp_path:
 def test_scores_stand_in_the_record_the_tags_and_the_logged_model(line: str, tmp_path: Path) -> None:
     record = published(line, "f", tmp_path)
     logged = models.logged_model_id(record)
-    tracking.log_scores(str(record.run_id), "tuned", {"accuracy": 87.5}, logged)
+    tracking.log_scores(str(record.run_id), {"tuned_accuracy": 87.5}, logged)
     noted = models.note_evaluation(record, {"accuracy": 87.5})
     assert (noted.evaluation, noted.evaluated) == ({"accuracy": 87.5}, "f")
     assert models.find_model("f") == noted
     version = MlflowClient().get_model_version(line, str(record.registered_version))
     assert version.tags["tuneline.score.accuracy"] == "87.50"
     (metric,) = MlflowClient().get_logged_model(str(logged)).metrics
-    assert (metric.key, metric.value) == ("tuned/accuracy", 87.5)
+    assert (metric.key, metric.value) == ("tuned_accuracy", 87.5)
 
 
 def test_model_is_found_by_train_and_by_folder_the_newest_first(line: str, tmp_path: Path) -> None:
