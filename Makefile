@@ -29,8 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/tuneline demo
 
+# Two test files side by side, each with one thread a process: two processes of two threads on two cores wait for
+# each other at every step, and take ten times as long.
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
