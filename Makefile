@@ -5,12 +5,13 @@ STAMP := $(VENV)/.installed
 SOURCES := configs deployments flows methods tasks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-demo lint format clean
 
 help:
 	@echo "make setup   create $(VENV) with the tuneline command in it (PYTHON=... chooses the interpreter)"
 	@echo "make demo    fine-tune, evaluate, merge, deploy and ask a small real model"
 	@echo "make test    lint, type check and the tests that need neither a model nor a GPU"
+	@echo "make test-demo  the demo on the real model, and its figures"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove $(VENV) and all caches"
@@ -33,6 +34,9 @@ demo: setup
 # each other at every step, and take ten times as long.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+
+test-demo: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

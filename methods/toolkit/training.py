@@ -181,6 +181,8 @@ def keep_above_floor(scheduler: LambdaLR, ratio: float) -> None:
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(0)
+    # Set by the constructor from the schedule before it was raised; the first point of the curve is read from it.
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 class CheckpointKeeper(TrainerCallback):

@@ -90,12 +90,12 @@ def start_flow(root: Path, flow: str, *arguments: str) -> subprocess.Popen[bytes
         )
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0, every: float = 0.02) -> None:
     """Wait until the condition holds; AssertionError when time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def processes_naming(text: str) -> list[psutil.Process]:

@@ -271,6 +271,7 @@ def schedule(trainer: sft.Trainer, steps: int) -> list[float]:
     rates = []
     for _ in range(steps):
         rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
+        assert scheduler.get_last_lr() == [rates[-1]] * len(trainer.optimizer.param_groups)  # what the curve shows
         trainer.optimizer.step()
         scheduler.step()
     return rates
