@@ -21,7 +21,7 @@ def train_to_complete(record: TrainRecord) -> ModelRecord:
     return model if trained.adapter else lifecycle.evaluate_tuned(record, model)
 
 
-@flow(name="complete")
+@flow(name="complete", on_failure=[lifecycle.show_cancelled])
 def complete(
     train: TrainConfig | None = None,
     origins: dict[str, str] | None = None,

@@ -24,7 +24,7 @@ def train_from_base(record: TrainRecord) -> ModelRecord:
     return lifecycle.evaluate_tuned(record, model)
 
 
-@flow(name="customized")
+@flow(name="customized", on_failure=[lifecycle.show_cancelled])
 def customized(
     train: TrainConfig | None = None, origins: dict[str, str] | None = None, resume: str | None = None
 ) -> ModelRecord:

@@ -14,7 +14,7 @@ from flows.complete import train_to_complete
 from tasks import lifecycle
 
 
-@flow(name="deployed")
+@flow(name="deployed", on_failure=[lifecycle.show_cancelled])
 def deployed(
     train: TrainConfig | None = None,
     origins: dict[str, str] | None = None,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from prefect import task
+from prefect import Flow, State, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
@@ -135,6 +136,16 @@ def closing(train_id: str) -> Iterator[None]:
         _close(train_id, "failed", str(error) or type(error).__name__)
         raise
     _close(train_id, "completed")
+
+
+def show_cancelled(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Flow hook: a train that was asked to stop by `tuneline trains cancel` is Cancelled on the page, not Failed."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled
+
+    if isinstance(state.result(raise_on_failure=False), StageCancelled):
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, Cancelled(message="asked to stop"), force=True)
 
 
 def _close(train_id: str, status: TrainStatus, reason: str | None = None) -> None:

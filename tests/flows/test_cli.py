@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -321,6 +322,9 @@ def test_cancelled_train_keeps_its_checkpoint_and_is_resumed_to_its_end(place: P
     checkpoints = list((trains / cancelled["id"] / "training" / "checkpoints").glob("checkpoint-*"))
     assert checkpoints
     assert place.run("trains", "cancel", "slow").returncode == 2
+    with contextlib.closing(sqlite3.connect(place.home / "prefect" / "prefect.db")) as database:
+        states = database.execute("SELECT state_type FROM flow_run WHERE name LIKE 'slow_%'").fetchall()
+    assert states == [("CANCELLED",)]  # what the Prefect page shows
 
     assert "completed" in place.text("trains", "resume", "slow")
     resumed = place.json("trains", "show", "slow")
