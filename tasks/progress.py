@@ -86,7 +86,8 @@ class StageProgress:
         if "tokens_per_second" in self.values:
             parts.append(f"{self.values['tokens_per_second']:.0f} tokens/s")
         if (left := self.seconds_left()) is not None:
-            parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
+            minutes, seconds = divmod(round(left), 60)
+            parts.append(f"{minutes}:{seconds:02d} left")
         return "  ".join(parts)
 
     def seconds_left(self) -> float | None:

@@ -37,6 +37,14 @@ def test_time_left_of_a_resumed_stage_counts_its_own_steps_only(progress: StageP
     assert progress.seconds_left() == pytest.approx(10, abs=1)
 
 
+def test_time_left_carries_sixty_seconds_into_the_minutes(
+    progress: StageProgress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress.follow([{"type": "progress", "time": time.time(), "step": 1, "total": 2}])
+    monkeypatch.setattr(progress, "seconds_left", lambda: 119.7)
+    assert progress.note() == "1/2  2:00 left"
+
+
 def test_warnings_and_phases_are_logged(progress: StageProgress, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="tests.progress"):
         progress.follow(
