@@ -277,6 +277,18 @@ def schedule(trainer: sft.Trainer, steps: int) -> list[float]:
     return rates
 
 
+def test_the_order_of_rows_follows_from_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        torch.manual_seed(random.randrange(10**6))  # noqa: S311 - a resumed process has drawn other numbers before
+        rows = toolkit.LengthGroupedOrder([n % 17 for n in range(60)], 4, seed)
+        rows.set_epoch(epoch)
+        return list(rows)
+
+    assert order(3, 1) == order(3, 1)
+    assert order(3, 1) != order(3, 2)
+    assert order(3, 1) != order(4, 1)
+
+
 def test_the_longest_rows_come_first_and_every_row_once() -> None:
     lengths = [random.randrange(1, 500) for _ in range(103)]  # noqa: S311
     order = toolkit.LengthGroupedOrder(lengths, 8, seed=3)
