@@ -90,11 +90,6 @@ _Keys = tuple[str, ...]
 _Items = Iterable[tuple[_Keys, Any, Place]]
 
 
-def load_train_file(path: Path) -> dict[str, Any]:
-    """The parameters of a train file as they were written (`strict_yaml.read_yaml` says what is refused)."""
-    return read_yaml(path).values
-
-
 def list_presets() -> dict[str, Preset]:
     """All presets by name."""
     return {path.stem: _read_preset(path)[0] for path in _preset_files()}

