@@ -4,14 +4,168 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
-Shape = Literal["prompt_completion", "messages", "alpaca", "sharegpt"]
-RequestedShape = Literal["auto", "prompt_completion", "messages", "alpaca", "sharegpt"]
-FileFormat = Literal["jsonl", "json"]
+FileFormat = Literal["jsonl", "json", "csv", "xlsx", "parquet", "images"]
 DIGEST_CHARACTERS = 12
+
+# How a file lays its rows out.
+Shape = Literal[
+    "prompt_completion",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "qianfan",
+    "pangu",
+    "tool_messages",
+    "tool_sharegpt",
+    "preference",
+    "qianfan_preference",
+    "ranking",
+    "qianfan_ranking",
+    "pangu_ranking",
+    "pair",
+    "triplet",
+    "scored_pair",
+    "image_question",
+    "image_messages",
+    "image_deepextension",
+    "image_caption",
+]
+RequestedShape = Literal["auto", Shape]
+
+# What stored rows hold, whatever the shape of the file they came from. A method says which it trains on.
+Kind = Literal["chat", "chat_tools", "preference", "ranking", "pair", "triplet", "scored_pair", "vision", "caption"]
+
+KIND_OF_SHAPE: dict[Shape, Kind] = {
+    "prompt_completion": "chat",
+    "messages": "chat",
+    "alpaca": "chat",
+    "sharegpt": "chat",
+    "qianfan": "chat",
+    "pangu": "chat",
+    "tool_messages": "chat_tools",
+    "tool_sharegpt": "chat_tools",
+    "preference": "preference",
+    "qianfan_preference": "preference",
+    "ranking": "ranking",
+    "qianfan_ranking": "ranking",
+    "pangu_ranking": "ranking",
+    "pair": "pair",
+    "triplet": "triplet",
+    "scored_pair": "scored_pair",
+    "image_question": "vision",
+    "image_messages": "vision",
+    "image_deepextension": "vision",
+    "image_caption": "caption",
+}
+
+KIND_TITLES: dict[Kind, str] = {
+    "chat": "conversations",
+    "chat_tools": "conversations with tool calls",
+    "preference": "preference pairs",
+    "ranking": "ranked answers",
+    "pair": "pairs of texts",
+    "triplet": "triplets of texts",
+    "scored_pair": "scored pairs of texts",
+    "vision": "vision-language data",
+    "caption": "captioned images",
+}
+
+# What a method of a type trains on unless its manifest says otherwise (`datasets`).
+KINDS_OF_TYPE: dict[str, tuple[Kind, ...]] = {
+    "chat": ("chat",),
+    "embedding": ("pair", "triplet", "scored_pair"),
+    "vision-language": ("vision",),
+    "image-generation": ("caption",),
+}
+
+
+class Message(TypedDict):
+    """One turn of a conversation of text."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class StoredRow(TypedDict):
+    """What a row of every kind has, besides the fields of its kind."""
+
+    line: int  # of the file it came from; its row where one line holds several, or where a file has no lines
+    extra: NotRequired[dict[str, str | int | float | bool | None]]
+
+
+class ChatRow(StoredRow):
+    """Kind `chat`: the last message is the answer."""
+
+    messages: list[Message]
+
+
+class ToolChatRow(StoredRow):
+    """Kind `chat_tools`: messages as OpenAI's interface has them, with `tool_calls` and the role `tool`."""
+
+    messages: list[dict[str, object]]
+    tools: NotRequired[list[dict[str, object]]]
+
+
+class PreferenceRow(StoredRow):
+    """Kind `preference`: `chosen` and `rejected` are the messages that follow `prompt`."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+class RankingRow(StoredRow):
+    """Kind `ranking`: two or more answers, each with its score; higher is better."""
+
+    prompt: list[Message]
+    answers: list[str]
+    scores: list[float]
+
+
+class PairRow(StoredRow):
+    """Kind `pair`: two texts that belong together."""
+
+    anchor: str
+    positive: str
+
+
+class TripletRow(PairRow):
+    """Kind `triplet`: `negative` does not belong to `anchor`."""
+
+    negative: str
+
+
+class ScoredPairRow(StoredRow):
+    """Kind `scored_pair`: two texts and how alike they are."""
+
+    sentence1: str
+    sentence2: str
+    score: float
+
+
+class VisionMessage(TypedDict):
+    """A turn; `content` is a list of `{"type": "text", "text": …}` and `{"type": "image"}`, each the next image."""
+
+    role: Literal["system", "user", "assistant"]
+    content: list[dict[str, str]]
+
+
+class VisionRow(StoredRow):
+    """Kind `vision`: `images` are paths from the folder of the rows, in the order that the messages show them."""
+
+    messages: list[VisionMessage]
+    images: list[str]
+
+
+class CaptionRow(StoredRow):
+    """Kind `caption`: an image, by its path from the folder of the rows, and the text that describes it."""
+
+    image: str
+    caption: str
 
 
 class Columns(BaseModel):
@@ -56,6 +210,45 @@ class LengthStatistics(BaseModel):
     max: int
 
 
+class Bin(BaseModel):
+    """A bar of a histogram: how many rows are at most this long, and longer than the bar before."""
+
+    upto: int
+    rows: int
+
+
+class FieldStatistics(BaseModel):
+    """Characters of one field over the kept rows."""
+
+    characters: LengthStatistics
+    histogram: list[Bin] = Field(description="By powers of two.")
+
+
+class ExamplePart(BaseModel):
+    """A text of an example row; long ones are cut, and then `characters` is more than the text has."""
+
+    label: str
+    text: str
+    characters: int
+    trained: bool = Field(description="What a method for this kind learns to say, or to prefer.")
+
+
+class Example(BaseModel):
+    """A kept row as it will be read by a training method."""
+
+    line: int
+    parts: list[ExamplePart]
+
+
+class Overlap(BaseModel):
+    """What rows have in common with another dataset, such as that of the evaluation."""
+
+    dataset: str
+    rows: int = Field(description="Kept rows of this dataset that the other one has too.")
+    prompts: int = Field(description="Kept rows whose prompt the other one has, whatever the answer.")
+    lines: list[int] = Field(description="The first of them.")
+
+
 class DatasetReport(BaseModel):
     """What reading a whole file found."""
 
@@ -79,6 +272,12 @@ class DatasetReport(BaseModel):
     prompt_characters: LengthStatistics | None = Field(description="All messages but the last; None: no rows.")
     answer_characters: LengthStatistics | None
     turns: LengthStatistics | None = Field(description="Assistant messages of a row.")
+    kind: Kind | None = Field(default=None, description="What the rows are stored as; None when no row is an object.")
+    fields: dict[str, FieldStatistics] = Field(default_factory=dict, description="Length of each field.")
+    scripts: dict[str, int] = Field(default_factory=dict, description="Rows by the script most of their letters have.")
+    examples: list[Example] = Field(default_factory=list, description="The first kept rows.")
+    images: int = Field(default=0, description="Different images that the kept rows show.")
+    overlap: Overlap | None = Field(default=None, description="Set when another dataset was named to compare with.")
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -92,6 +291,34 @@ class DatasetReport(BaseModel):
         return self.complete and self.rows_kept > 0 and self.rows_refused == 0
 
 
+class MixPart(BaseModel):
+    """A dataset that another one was mixed of."""
+
+    reference: str = Field(description="`name@digest` of the version.")
+    weight: float
+    rows: int = Field(description="Rows taken from it.")
+
+
+class RowChange(BaseModel):
+    """A row that differs between two versions; `before` or `after` is None for one that is new or gone."""
+
+    before: int | None = Field(description="Line in the file of the first version.")
+    after: int | None = Field(description="Line in the file of the second version.")
+    text: str = Field(description="The start of the row.")
+
+
+class DatasetChanges(BaseModel):
+    """How two versions differ, by the content of their rows; order does not count."""
+
+    before: str
+    after: str
+    same: int
+    added: int
+    removed: int
+    changed: int = Field(description="Rows that keep their prompt and have another answer.")
+    first: dict[str, list[RowChange]] = Field(description="The first rows added, removed and changed.")
+
+
 class DatasetVersion(BaseModel):
     """One immutable stored version of a dataset."""
 
@@ -100,7 +327,10 @@ class DatasetVersion(BaseModel):
     rows: int
     shape: Shape
     columns: Columns
+    kind: Kind = Field(default="chat", description="What its rows hold; versions of before kinds are conversations.")
     source: str = Field(description="The file it was made from.")
+    parents: list[MixPart] = Field(default_factory=list, description="What it was mixed of.")
+    seed: int | None = Field(default=None, description="Of the mixing.")
     created: datetime
     path: Path = Field(description="The stored rows, one canonical row a line.")
     report: DatasetReport

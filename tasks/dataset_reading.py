@@ -1,6 +1,6 @@
 """A dataset file, byte by byte: its format, its encoding and its JSON, streamed in constant memory.
 
-Nothing here knows what a row means; `dataset_shapes` does.
+Tables (CSV, Excel, Parquet) are read by `dataset_tables`. Nothing here knows what a row means; `dataset_shapes` does.
 """
 
 from __future__ import annotations
@@ -20,20 +20,17 @@ from configs.errors import UserError
 MAX_ROW_BYTES = 8 * 1024 * 1024
 CHUNK_BYTES = 64 * 1024
 _TO_JSONL = "store it as JSON Lines (one JSON object a line)"
-_CSV_TO_JSONL = (
-    "convert it: python -c 'import csv,json,sys; [print(json.dumps(row, ensure_ascii=False)) for row in "
-    'csv.DictReader(open(sys.argv[1], encoding="utf-8-sig", newline=""){options})]\' {name} > {stem}.jsonl'
-)
+_TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
 _OTHER_FORMATS = {
-    ".csv": "CSV",
-    ".tsv": "TSV",
-    ".parquet": "Parquet",
-    ".arrow": "Arrow",
-    ".xlsx": "Excel",
-    ".xls": "Excel",
-    ".gz": "a compressed file",
-    ".zip": "a compressed file",
-    ".zst": "a compressed file",
+    ".arrow": ("Arrow", "store it as Parquet"),
+    ".xls": ("the old Excel format", "save it as .xlsx"),
+    ".ods": ("OpenDocument", "save it as .xlsx or .csv"),
+    ".gz": ("a compressed file", "unpack it: gunzip FILE"),
+    ".bz2": ("a compressed file", "unpack it: bunzip2 FILE"),
+    ".xz": ("a compressed file", "unpack it: unxz FILE"),
+    ".zst": ("a compressed file", "unpack it: unzstd FILE"),
+    ".7z": ("a 7z archive", "pack it as .zip or .tar.gz"),
+    ".rar": ("a rar archive", "pack it as .zip or .tar.gz"),
 }
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -41,22 +38,29 @@ _UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """Format of a file, the byte at which its JSON starts, and what is worth telling about it."""
+    """Format of a file, the byte at which its rows start, and what is worth telling about it.
+
+    `lists`: each line of a JSON Lines file is a list of turns, which is read as the object `{"turns": list}`.
+    `delimiter` and `header` are those of CSV.
+    """
 
     format: FileFormat
     start: int
     notes: tuple[str, ...]
+    lists: bool = False
+    delimiter: str = ","
+    header: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
-    """One JSON object of the file. `line` is where it starts; both count from 1.
+    """One object of the file. `line` is where it starts; None in Parquet, which has none. Both count from 1.
 
     `place` is what tells it apart: its line in JSON Lines, its row in an array, which may be all on one line.
     """
 
     value: dict[str, object]
-    line: int
+    line: int | None
     row: int
     place: int
 
@@ -64,23 +68,40 @@ class ParsedRow:
 def inspect_file(path: Path) -> FileLayout:
     """Find out the format from the content, without reading more than the start.
 
-    Raises UserError for what is no readable UTF-8 JSON Lines or JSON array file, telling how to convert it.
+    Raises UserError for what is no readable file of a known format, telling how to convert it.
     """
     try:
         _refuse_other_formats(path)
+        if path.suffix.lower() in _TABLES:
+            from tasks.dataset_tables import inspect_table
+
+            return inspect_table(path)
         with path.open("rb") as file:
             return _inspect(path, file)
     except OSError as error:
         raise UserError(
-            f"the dataset cannot be read: {error.strerror}", file=path, mend="check its permissions"
+            f"the dataset cannot be read: {error.strerror or error}", file=path, mend="check its permissions"
         ) from error
 
 
 def read_objects(path: Path, layout: FileLayout) -> Iterator[ParsedRow | Problem]:
     """The objects of the file in order, with a Problem in the place of each that is none."""
+    if layout.format not in ("json", "jsonl"):
+        from tasks.dataset_tables import read_table
+
+        yield from read_table(path, layout)
+        return
     with path.open("rb") as file:
         file.seek(layout.start)
-        yield from _read_jsonl(file) if layout.format == "jsonl" else _read_array(file)
+        yield from _read_jsonl(file, layout.lists) if layout.format == "jsonl" else _read_array(file)
+
+
+def parse_cell(value: object) -> object:
+    """A list or object that a cell of a table holds as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return _decoder.decode(value.strip())
+    return value
 
 
 def describe(value: object) -> str:
@@ -113,15 +134,12 @@ def _refuse_other_formats(path: Path) -> None:
         raise UserError("this is a folder, not a dataset file", file=path, mend="name one file in it")
     if not path.is_file():
         raise UserError("this is a device or pipe, not a dataset file", file=path, mend="store it in a file")
-    suffix = path.suffix.lower()
-    other = _OTHER_FORMATS.get(suffix)
-    if other is None:
-        return
-    mend = _TO_JSONL
-    if suffix in (".csv", ".tsv"):
-        options = ', delimiter="\\t"' if suffix == ".tsv" else ""
-        mend = _CSV_TO_JSONL.format(name=path.name, stem=path.stem, options=options)
-    raise UserError(f"{other} is not read yet", file=path, expected="JSON Lines or a JSON array of objects", mend=mend)
+    other = _OTHER_FORMATS.get(path.suffix.lower())
+    if other is not None:
+        name, mend = other
+        raise UserError(
+            f"{name} is not read", file=path, expected="JSON Lines, JSON, CSV, Excel (.xlsx) or Parquet", mend=mend
+        )
 
 
 def _inspect(path: Path, file: BinaryIO) -> FileLayout:
@@ -129,7 +147,7 @@ def _inspect(path: Path, file: BinaryIO) -> FileLayout:
     head = file.read(4)
     if not head:
         raise UserError("the dataset file is empty", file=path, expected="at least one row")
-    _refuse_wide_encodings(path, head)
+    refuse_wide_encodings(path, head)
     start = 0
     if head.startswith(codecs.BOM_UTF8):
         start = len(codecs.BOM_UTF8)
@@ -139,6 +157,8 @@ def _inspect(path: Path, file: BinaryIO) -> FileLayout:
     if not first:
         raise UserError("the dataset file holds only blank lines", file=path, expected="at least one row")
     suffix = path.suffix.lower()
+    if first == b"[" and _lists_by_line(file, start):
+        return FileLayout("jsonl", start, (*notes, "each line is a list of turns, read as one row"), lists=True)
     if first == b"[":
         if suffix in (".jsonl", ".ndjson"):
             notes.append(f"named {suffix} but holds one JSON array, read as such")
@@ -153,7 +173,8 @@ def _inspect(path: Path, file: BinaryIO) -> FileLayout:
     return FileLayout("jsonl", start, tuple(notes))
 
 
-def _refuse_wide_encodings(path: Path, head: bytes) -> None:
+def refuse_wide_encodings(path: Path, head: bytes) -> None:
+    """Raise UserError for UTF-16 and UTF-32, which the first four bytes tell."""
     # The UTF-32 mark begins with the UTF-16 one, so it is looked for first.
     encoding = None
     if head.startswith(_UTF32_MARKS) or head.count(0) == 3:
@@ -176,7 +197,18 @@ def _first_character(file: BinaryIO) -> bytes:
     return b""
 
 
-def _read_jsonl(file: BinaryIO) -> Iterator[ParsedRow | Problem]:
+def _lists_by_line(file: BinaryIO, start: int) -> bool:
+    """A whole list on the first line and another one after it: lists by line, which is no JSON array."""
+    file.seek(start)
+    lines = (line for line in iter(lambda: file.readline(MAX_ROW_BYTES), b"") if line.strip())
+    try:
+        first = json.loads(next(lines, b""))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, list) and next(lines, b"").lstrip().startswith(b"[")
+
+
+def _read_jsonl(file: BinaryIO, lists: bool) -> Iterator[ParsedRow | Problem]:
     line = row = 0
     offset = file.tell()
     while raw := file.readline(MAX_ROW_BYTES + 1):
@@ -187,10 +219,10 @@ def _read_jsonl(file: BinaryIO) -> Iterator[ParsedRow | Problem]:
         elif size > MAX_ROW_BYTES and not raw.endswith(b"\n"):
             row += 1
             size += _skip_line(file)
-            yield _too_long(line, row, f"{size:,} bytes")
+            yield too_long(line, row, f"{size:,} bytes")
         else:
             row += 1
-            yield _parse_line(raw, line, row, offset)
+            yield _parse_line(raw, line, row, offset, lists)
         offset += size
 
 
@@ -204,7 +236,8 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
-def _too_long(line: int, row: int, size: str, *, fatal: bool = False) -> Problem:
+def too_long(line: int, row: int, size: str, *, fatal: bool = False) -> Problem:
+    """The Problem of a row of more than MAX_ROW_BYTES."""
     return Problem(
         kind="row_too_long",
         level="fatal" if fatal else "refused",
@@ -239,11 +272,11 @@ def _refuse_constant(name: str) -> object:
 _decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
 
 
-def _parse_line(raw: bytes, line: int, row: int, offset: int) -> ParsedRow | Problem:
+def _parse_line(raw: bytes, line: int, row: int, offset: int, lists: bool) -> ParsedRow | Problem:
     try:
         value = _decoder.decode(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        return _wrong_encoding(raw[error.start], offset + error.start, line, row)
+        return wrong_encoding(raw[error.start], offset + error.start, line, row)
     except _DuplicateKeyError as error:
         return _duplicate_key(error.key, line, row)
     except json.JSONDecodeError as error:
@@ -253,7 +286,11 @@ def _parse_line(raw: bytes, line: int, row: int, offset: int) -> ParsedRow | Pro
         return _invalid_json("it is nested too deeply", line, row)
     except ValueError as error:  # NaN, or a number of thousands of digits
         return _invalid_json(str(error), line, row)
-    return ParsedRow(value, line, row, line) if isinstance(value, dict) else _not_an_object(value, line, row)
+    if lists and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return ParsedRow({"turns": value}, line, row, line)
+    if lists or not isinstance(value, dict):
+        return _not_an_object(value, line, row, lists)
+    return ParsedRow(value, line, row, line)
 
 
 def _invalid_json(detail: str, line: int, row: int, *, fatal: bool = False) -> Problem:
@@ -270,7 +307,8 @@ def _invalid_json(detail: str, line: int, row: int, *, fatal: bool = False) -> P
     )
 
 
-def _wrong_encoding(byte: int, offset: int, line: int, row: int, *, fatal: bool = False) -> Problem:
+def wrong_encoding(byte: int, offset: int, line: int, row: int, *, fatal: bool = False) -> Problem:
+    """The Problem of a byte that is not UTF-8; `offset` counts from the start of the file."""
     found = f"byte 0x{byte:02x} at offset {offset}"
     return Problem(
         kind="wrong_encoding",
@@ -297,15 +335,15 @@ def _duplicate_key(key: str, line: int, row: int) -> Problem:
     )
 
 
-def _not_an_object(value: object, line: int, row: int) -> Problem:
+def _not_an_object(value: object, line: int, row: int, lists: bool = False) -> Problem:
     found = describe(value)
     return Problem(
         kind="not_an_object",
         line=line,
         row=row,
         found=found,
-        expected="a JSON object",
-        message=f"the row is {found}, not an object",
+        expected="a list of objects, as the other lines" if lists else "a JSON object",
+        message=f"the row is {found}, not {'a list of objects' if lists else 'an object'}",
         mend='write each row as an object: {"prompt": "…", "completion": "…"}',
     )
 
@@ -394,7 +432,7 @@ class _ArrayReader:
             problem = _invalid_json(failure, self._line, self._row, fatal=True)
         elif problem is None and self._builder.inside and self._row_bytes > MAX_ROW_BYTES:
             size = f"more than {MAX_ROW_BYTES:,} bytes"
-            problem = _too_long(self._row_line, self._row, size, fatal=True)
+            problem = too_long(self._row_line, self._row, size, fatal=True)
         if problem is not None:
             yield problem
         self.ended = problem is not None or not piece
@@ -414,7 +452,7 @@ class _ArrayReader:
             self._characters += len(self._decoder.decode(piece, final=not piece))
         except UnicodeDecodeError as error:
             offset = self._offset - held + error.start
-            return _wrong_encoding(error.object[error.start], offset, self._line, self._row, fatal=True)
+            return wrong_encoding(error.object[error.start], offset, self._line, self._row, fatal=True)
         return None
 
     def _parse(self, piece: bytes) -> str | None:

@@ -1,0 +1,119 @@
+"""Stored rows of every kind: their texts, what they ask, and what makes two of them the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.datasets import Kind
+from tasks.dataset_fields import encoded
+
+Body = dict[str, Any]
+_BESIDE = ("line", "extra")
+_SCRIPTS = {
+    "han": r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
+    "kana": r"\u3040-\u30ff\u31f0-\u31ff",
+    "hangul": r"\u1100-\u11ff\u3130-\u318f\uac00-\ud7af",
+    "cyrillic": r"\u0400-\u052f",
+    "greek": r"\u0370-\u03ff",
+    "arabic": r"\u0600-\u06ff\u0750-\u077f",
+    "hebrew": r"\u0590-\u05ff",
+    "devanagari": r"\u0900-\u097f",
+    "thai": r"\u0e00-\u0e7f",
+    "latin": r"A-Za-z\u00c0-\u024f",
+}
+_LETTERS = {name: re.compile(f"[{characters}]") for name, characters in _SCRIPTS.items()}
+_LETTER = re.compile("[A-Za-z]")
+_SCRIPT_SAMPLE = 400
+
+
+class Part(NamedTuple):
+    """A text of a row. `field` is what lengths are counted by; `trained` what a method for the kind learns to say."""
+
+    field: str
+    label: str
+    text: str
+    trained: bool = False
+
+
+def parts(kind: Kind, body: Body) -> list[Part]:
+    """The texts of a row in the order that they are read in."""
+    if kind in ("chat", "chat_tools", "vision"):
+        *asked, answer = body["messages"]
+        told = [_message(message, "prompt") for message in asked]
+        return [*_tools(body), *told, _message(answer, "answer")]
+    if kind == "preference":
+        chosen = [_message(message, "chosen") for message in body["chosen"]]
+        rejected = [_message(message, "rejected")._replace(trained=False) for message in body["rejected"]]
+        return [*_asked(body), *_relabelled(chosen, "chosen"), *_relabelled(rejected, "rejected")]
+    if kind == "ranking":
+        ranked = zip(body["answers"], body["scores"], strict=True)
+        return [*_asked(body), *(Part("answer", f"answer, score {score:g}", text, True) for text, score in ranked)]
+    return [Part(name, name, str(value), name in ("caption", "score")) for name, value in body.items()]
+
+
+def _asked(body: Body) -> list[Part]:
+    return [_message(message, "prompt")._replace(trained=False) for message in body["prompt"]]
+
+
+def _relabelled(found: list[Part], name: str) -> list[Part]:
+    return [part._replace(label=f"{name}: {part.label}") for part in found]
+
+
+def _tools(body: Body) -> list[Part]:
+    tools = body.get("tools")
+    return [Part("tools", "tools", json.dumps(tools, ensure_ascii=False))] if tools else []
+
+
+def _message(message: Body, field: str) -> Part:
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join("<image>" if item["type"] == "image" else item["text"] for item in content)
+    if message.get("tool_calls"):
+        content = f"{content or ''}{json.dumps(message['tool_calls'], ensure_ascii=False)}"
+    return Part(field, message["role"], content or "", message["role"] == "assistant")
+
+
+def prompt_of(kind: Kind, body: Body) -> object:
+    """The part of a row that is asked; rows that share it differ only in their answers."""
+    if kind in ("chat", "chat_tools", "vision"):
+        return [body["messages"][:-1], body.get("images"), body.get("tools")]
+    answers = ("chosen", "rejected", "answers", "scores", "positive", "negative", "score", "caption")
+    return [value for name, value in body.items() if name not in answers]
+
+
+def key(content: object) -> int:
+    """The first 8 bytes of the hash of a row, or of its prompt."""
+    return int.from_bytes(hashlib.sha256(encoded(content)).digest()[:8])
+
+
+def main_script(found: list[Part]) -> str:
+    """The script that most letters at the start of a row's texts have; `none` without letters.
+
+    Japanese is `kana` and Chinese is `han`: Japanese texts have both, so kana weigh double.
+    """
+    sample = " ".join(part.text[:_SCRIPT_SAMPLE] for part in found[:4])
+    if sample.isascii():
+        return "latin" if _LETTER.search(sample) else "none"
+    counts = {name: len(pattern.findall(sample)) for name, pattern in _LETTERS.items()}
+    if counts["kana"]:
+        counts["kana"] = 2 * counts["kana"] + counts["han"]
+    best = max(counts, key=lambda name: counts[name])
+    return best if counts[best] else "none"
+
+
+def read_stored(path: Path) -> Iterator[tuple[int, Body, bytes]]:
+    """Line in the file it came from, body and stored line of each row of a version."""
+    with path.open("rb") as file:
+        for stored in file:
+            row = json.loads(stored)
+            yield row["line"], body_of(row), stored
+
+
+def body_of(row: Body) -> Body:
+    """A stored row without what does not make it the same as another."""
+    return {name: value for name, value in row.items() if name not in _BESIDE}
