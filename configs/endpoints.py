@@ -14,8 +14,16 @@ stored."""
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
-Quantization = Literal["bnb-4bit", "bnb-8bit"]
-Target = Literal["transformers"]
+Target = Literal["transformers", "llama.cpp", "vllm", "ollama", "custom"]
+Quantization = Literal["bnb-4bit", "bnb-8bit", "q8_0", "q4_K_M", "q4_K_S", "bitsandbytes", "fp8"]
+QUANTIZATIONS: dict[Target, tuple[Quantization, ...]] = {
+    "transformers": ("bnb-4bit", "bnb-8bit"),
+    "llama.cpp": ("q8_0", "q4_K_M", "q4_K_S"),
+    "vllm": ("bitsandbytes", "fp8"),
+    "ollama": ("q8_0", "q4_K_M", "q4_K_S"),
+    "custom": (),
+}
+"""How each target can hold the weights with fewer bits."""
 DeploymentState = Literal["starting", "current", "retired", "failed"]
 
 
@@ -66,7 +74,13 @@ class Verification(_Record):
 
     prompts_checked: int
     answers_checked: int
+    prompts_compared: Literal["tokens", "counts", "nothing"] = Field(
+        default="tokens", description="What of the prompts was compared: every token, or their number alone."
+    )
     answers_skipped: str | None = Field(default=None, description="Why some answers were not compared.")
+    answers_same: int | None = Field(
+        default=None, description="Quantised here: how many known answers it gave all the same."
+    )
 
 
 class Deployment(_Record):
@@ -78,16 +92,35 @@ class Deployment(_Record):
     target: Target = "transformers"
     quantization: Quantization | None = None
     python: Path = Field(description="Interpreter that serves it.")
+    program: Path | None = Field(default=None, description="Target custom: the method's deploying file.")
     device: str = "auto"
     dtype: str = "auto"
     port: int | None = Field(default=None, description="Port of the backend, always on 127.0.0.1.")
     process: ProcessReference | None = None
+    server: str | None = Field(default=None, description="Base URL of a server that is not ours and holds the model.")
+    name_there: str | None = Field(default=None, description="The model's name at that server.")
     log: Path
     state: DeploymentState = "starting"
     created_at: datetime
     switched_at: datetime | None = Field(default=None, description="When the endpoint was last switched to it.")
     verification: Verification | None = None
+    notes: list[str] = Field(default_factory=list, description="What one ought to know of how it is served.")
     failure: str | None = None
+
+    @property
+    def backend(self) -> str:
+        """Base URL of the server behind the gateway."""
+        return self.server or f"http://127.0.0.1:{self.port}"
+
+    @property
+    def backend_model(self) -> str:
+        """What the server behind the gateway calls the model."""
+        return self.name_there or self.model
+
+    @property
+    def health_path(self) -> str:
+        """Where that server says that it is up; Ollama has its word of welcome for it."""
+        return "/" if self.target == "ollama" else "/health"
 
 
 class Gateway(_Record):

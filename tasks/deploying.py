@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from configs.endpoints import Endpoint, Probe, Quantization, Target
+from configs.endpoints import Endpoint, Probe, Quantization
 from configs.errors import UserError
 from configs.records import ModelRecord
+from methods.registry import find_method
 from tasks import endpoints, models
 from tasks.inference import Generation, answer_prompts
+from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
 _PROBES_FILE = "probes.json"
@@ -37,6 +39,20 @@ def deploy_model(
     """
     if model.stage == "trained":
         raise UserError("these weights are not saved yet", field="model", value=model.name, mend="save them first")
+    method = find_method(model.method)
+    if target not in method.deployment_targets:
+        raise UserError(
+            f"models of the method {method.name} cannot be served so",
+            field="target",
+            value=target,
+            expected=f"one of {', '.join(method.deployment_targets)}",
+        )
+    missing = TARGETS[target].ready()
+    if missing is not None:  # told before the model has answered its probes, which takes a while
+        raise UserError(f"the target {target} is not ready on this host: {missing}", field="target", value=target)
+    custom = target == "custom"
+    python = method.stage_python("deploying") if custom else None
+    program = method.stage_file("deploying") if custom else None
     if model.stage != "base":
         # Before the switch: a registry that does not answer must not be left behind what is deployed.
         model = models.register_model(model)
@@ -46,8 +62,10 @@ def deploy_model(
         model.name,
         model.path,
         probes=probes,
-        target=cast(Target, target),
+        target=target,
         quantization=cast(Quantization | None, quantization),
+        python=python,
+        program=program,
         port=port,
         dtype=model.dtype,
     )

@@ -26,6 +26,7 @@ from configs.endpoints import (
     API_KEY_VARIABLE,
     LOOPBACK_HOSTS,
     MODEL_NAME_BYTES,
+    QUANTIZATIONS,
     Deployment,
     Endpoint,
     EndpointName,
@@ -41,17 +42,15 @@ from configs.settings import Settings, load_settings
 from tasks.files import last_lines
 from tasks.model_server import (
     EndpointWork,
-    check_model_folder,
     free_gateway_port,
     is_alive,
     let_go,
-    serving_folder,
     start_gateway,
-    start_model_server,
     stop_server,
     stop_started,
 )
-from tasks.serving_checks import rendered_prompts, verify_answers, verify_prompts
+from tasks.serving_checks import verify_answers, verify_prompts
+from tasks.targets import TARGETS, TargetFile
 
 _LOCK_TIMEOUT = 600.0
 _SHORTEST_KEY = 16
@@ -71,6 +70,7 @@ def deploy(
     quantization: Quantization | None = None,
     settings: Settings | None = None,
     python: str | Path | None = None,
+    program: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     host: str | None = None,
@@ -81,7 +81,8 @@ def deploy(
 
     `model_path` is a self-contained Hugging Face folder, or an adapter folder whose base is a folder on this
     host. Each probe's prompt tokens are compared with what the server renders, and its answer with the
-    server's greedy answer (not after quantising here, which changes answers). `host` and `port` are those of
+    server's greedy answer (not after quantising here, which changes answers). `python` is the interpreter of the
+    targets transformers and custom, `program` the deploying file of the target custom. `host` and `port` are those of
     the endpoint's address; an API key is taken from the environment variable TUNELINE_ENDPOINT_KEY, so that
     it is stored nowhere in clear. `start_timeout` is in seconds. Raises UserError; the deployment that was
     current then stays up and current.
@@ -92,7 +93,7 @@ def deploy(
     with _working_on(endpoint, settings, create=True) as work:
         _set_address(work, host, port, key)
         deployment = _new_deployment(
-            work, model_name, model_path, target, quantization, _interpreter(python), device, dtype
+            work, model_name, model_path, target, quantization, _interpreter(python), program, device, dtype
         )
         work.endpoint.deployments.append(deployment)
         _bring_up(work, deployment, probes=probes, key=key, start_timeout=start_timeout)
@@ -134,6 +135,14 @@ def undeploy(endpoint: str, *, settings: Settings | None = None) -> Endpoint:
         work.endpoint.current = None
         work.save()
         _sweep(work)
+        left = [each for each in work.endpoint.deployments if each.server is not None]
+        if left:
+            raise UserError(
+                f"the endpoint answers no more, but {left[0].backend} does not answer, which still holds the model",
+                field="endpoint",
+                value=left[0].backend_model,
+                mend="undeploy again once it answers",
+            )
         return work.endpoint
 
 
@@ -165,7 +174,7 @@ def endpoint_status(endpoint: str, *, settings: Settings | None = None) -> Endpo
     """The endpoint as it is now. Raises UserError if there is none of that name."""
     record = load_endpoint(endpoint, settings=settings)
     current, gateway = record.current_deployment, record.gateway
-    model_up = current is not None and is_alive(current.process)
+    model_up = current is not None and TARGETS[current.target].is_up(current)
     gateway_up = gateway is not None and is_alive(gateway.process)
     state: Literal["up", "gateway down", "model down", "down", "undeployed"]
     if current is None:
@@ -224,14 +233,15 @@ def _bring_up(
     """Start the deployment's server, verify it, switch to it, then stop the one before."""
     work.save()
     before = work.endpoint.current_deployment
+    target = TARGETS[deployment.target]
     try:
-        with ThreadPoolExecutor(1) as pool:
-            model_folder = serving_folder(work, deployment)
-            rendered = pool.submit(rendered_prompts, deployment, model_folder, probes, start_timeout)
-            start_model_server(work, deployment, model_folder, start_timeout)
-            if probes:
-                verify_prompts(probes, rendered.result())
-                deployment.verification = verify_answers(deployment, probes, start_timeout)
+        served = target.prepare(work, deployment)
+        rendered = _start(work, deployment, target, served, probes, start_timeout)
+        if probes:
+            if rendered is not None:
+                verify_prompts(probes, rendered)
+            known = rendered is not None
+            deployment.verification = verify_answers(deployment, probes, start_timeout, tokens_known=known)
         start_gateway(work)
         _switch(work, deployment, key)
     except BaseException as error:
@@ -241,6 +251,24 @@ def _bring_up(
         let_go(work)
     if before is not None and before.model != deployment.model:
         _retire(work, before)
+
+
+def _start(
+    work: EndpointWork,
+    deployment: Deployment,
+    target: TargetFile,
+    served: Path,
+    probes: Sequence[Probe],
+    timeout: float,
+) -> list[list[int]] | None:
+    """Have the model served; returns the token ids made of each probe, None if there are none to be had."""
+    if not probes or target.PROMPTS_NEED_SERVER:
+        target.start(work, deployment, served, timeout)
+        return target.prompt_tokens(deployment, served, probes, timeout) if probes else None
+    with ThreadPoolExecutor(1) as pool:
+        rendered = pool.submit(target.prompt_tokens, deployment, served, probes, timeout)
+        target.start(work, deployment, served, timeout)
+        return rendered.result()
 
 
 def _switch(work: EndpointWork, deployment: Deployment, key: str | None) -> None:
@@ -259,11 +287,14 @@ def _switch(work: EndpointWork, deployment: Deployment, key: str | None) -> None
 def _give_up(work: EndpointWork, deployment: Deployment, error: BaseException) -> None:
     """Stop what this operation started; the record says why, and what was current stays so."""
     stop_started(work)
+    for uploaded in work.uploaded:
+        TARGETS[uploaded.target].stop(uploaded, grace=0)
     record = Endpoint.model_validate_json(work.record.read_text(encoding="utf-8"))
     kept = record.deployment(deployment.model)
     if kept is None:
         raise RuntimeError(f"{work.record} lost the deployment {deployment.model}") from error
     kept.process = None
+    kept.server = deployment.server
     kept.failure = str(error) or type(error).__name__
     kept.state = "failed" if kept.switched_at is None else kept.state
     if not any(each.switched_at for each in record.deployments):
@@ -275,13 +306,12 @@ def _give_up(work: EndpointWork, deployment: Deployment, error: BaseException) -
 
 
 def _retire(work: EndpointWork, deployment: Deployment) -> None:
-    stop_server(deployment.process, grace=_DRAIN_SECONDS)
-    deployment.process = None
+    TARGETS[deployment.target].stop(deployment, grace=_DRAIN_SECONDS)
     work.save()
 
 
 def _sweep(work: EndpointWork) -> None:
-    """Stop servers that the record no longer keeps, left by an operation that was killed half-way."""
+    """Stop what the record no longer keeps, left by an operation that was killed half-way."""
     endpoint = work.endpoint
     if endpoint.current is None and endpoint.gateway is not None:
         stop_server(endpoint.gateway.process, grace=_DRAIN_SECONDS)
@@ -291,8 +321,7 @@ def _sweep(work: EndpointWork) -> None:
     for deployment in endpoint.deployments:
         if deployment.model == endpoint.current:
             continue
-        stop_server(deployment.process, grace=_DRAIN_SECONDS)
-        deployment.process = None
+        TARGETS[deployment.target].stop(deployment, grace=_DRAIN_SECONDS)
         if deployment.state == "starting":
             deployment.state = "failed"
             deployment.failure = "the process that deployed it ended before the switch"
@@ -331,6 +360,7 @@ def _new_deployment(
     target: Target,
     quantization: Quantization | None,
     python: Path,
+    program: Path | None,
     device: str,
     dtype: str,
 ) -> Deployment:
@@ -341,28 +371,30 @@ def _new_deployment(
             value=target,
             expected=f"one of: {', '.join(get_args(Target))}",
         )
-    if quantization is not None and quantization not in get_args(Quantization):
+    if quantization is not None and quantization not in QUANTIZATIONS[target]:
         raise UserError(
-            "this target cannot quantise so",
+            f"the target {target} cannot quantise so",
             field="quantization",
             value=quantization,
-            expected=f"none, or one of: {', '.join(get_args(Quantization))}",
+            expected=", or one of: ".join(filter(None, ["none", ", ".join(QUANTIZATIONS[target])])),
         )
     path = Path(model_path).expanduser().resolve()
-    check_model_folder(path)
     model = _deployed_name(work, _checked(ModelName, "model_name", model_name), quantization)
-    return Deployment(
+    deployment = Deployment(
         model=model,
         model_name=model_name,
         model_path=path,
         target=target,
         quantization=quantization,
         python=python,
+        program=program,
         device=device,
         dtype=dtype,
         log=work.folder / "deployments" / model / "server.log",
         created_at=datetime.now(UTC),
     )
+    TARGETS[target].check(deployment)
+    return deployment
 
 
 def _deployed_name(work: EndpointWork, model_name: str, quantization: str | None) -> str:

@@ -1,17 +1,19 @@
-"""The processes behind an endpoint: the server of a model and the gateway, from the folder served to their end.
+"""The processes behind an endpoint: the server of a model and the gateway, from their start to their end.
 
-The server of a model is `transformers serve`; the gateway (`tasks.gateway`) keeps the endpoint's address.
+What the server of a model is, is up to the target (`tasks.targets`); the gateway (`tasks.gateway`) keeps the
+endpoint's address.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,42 +22,27 @@ import psutil
 
 from configs.endpoints import API_KEY_VARIABLE, Deployment, Endpoint, ProcessReference
 from configs.errors import UserError
-from configs.settings import PROJECT_ROOT
+from configs.settings import PROJECT_ROOT, load_settings
 from tasks.files import last_lines, write_record
-from tasks.processes import find_process, process_start, with_descendants
+from tasks.processes import OUTLIVES_VARIABLE, find_process, process_start, with_descendants
 
 TOOLKIT = PROJECT_ROOT / "methods" / "toolkit"
 """Folder of the programs that the serving interpreter runs."""
 
 _GATEWAY_PORTS = range(8100, 9000)
 _PORT_ATTEMPTS = 3
-_TOKENIZER_FILES = frozenset(
-    {
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    }
-)
-# What `transformers` cannot put into a model it serves: these are prompts in front of the input, not layers.
-_PROMPT_ADAPTERS = frozenset(
-    {"ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
-)
+# As Python and vLLM, and as llama.cpp's server say it.
+_PORT_TAKEN = re.compile(r"address already in use|couldn't bind", re.IGNORECASE)
 
 
 @dataclass
 class EndpointWork:
-    """One operation under the endpoint's lock: its folder, its record, and the servers it started itself."""
+    """One operation under the endpoint's lock: its folder, its record, and what it started or uploaded itself."""
 
     folder: Path
     endpoint: Endpoint
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    uploaded: list[Deployment] = field(default_factory=list)
 
     @property
     def record(self) -> Path:
@@ -67,112 +54,28 @@ class EndpointWork:
         write_record(self.record, self.endpoint, private=True)
 
 
-# --- the folder it serves from ------------------------------------------------------------------------------
-
-
-def serving_folder(work: EndpointWork, deployment: Deployment) -> Path:
-    """Make `serve/MODEL` out of links, so that the model's id is its name and no path leaks.
-
-    An adapter alone cannot be served: `transformers serve` asks the folder for config.json. It gets the base
-    model's files with the adapter's laid over them, which transformers loads as a model with an embedded
-    adapter. Raises UserError if the model cannot be served.
-    """
-    check_model_folder(deployment.model_path)
-    root = work.folder / "deployments" / deployment.model
-    (root / "hf" / "hub").mkdir(parents=True, exist_ok=True)
-    serve = root / "serve"
-    serve.mkdir(exist_ok=True)
-    view = serve / deployment.model
-    if _is_adapter(deployment.model_path):
-        _link_adapter_over_base(deployment.model_path, view)
-    elif not view.is_symlink():
-        view.symlink_to(deployment.model_path, target_is_directory=True)
-    return view
-
-
-def _link_adapter_over_base(adapter: Path, view: Path) -> None:
-    base = _base_of_adapter(adapter)
-    view.mkdir(exist_ok=True)
-    for old in view.iterdir():
-        old.unlink()
-    files = {file.name: file for file in base.iterdir() if file.is_file()}
-    if (adapter / "tokenizer_config.json").is_file():
-        # All of one tokenizer or all of the other: a chat template left over from the base would win in
-        # silence.
-        files = {name: file for name, file in files.items() if name not in _TOKENIZER_FILES}
-    files |= {file.name: file for file in adapter.iterdir() if file.is_file()}
-    for name, file in files.items():
-        (view / name).symlink_to(file)
-
-
-def check_model_folder(path: Path) -> None:
-    """Refuse a folder that cannot be served: no model, or an adapter without its base. Raises UserError."""
-    if not path.is_dir():
-        raise UserError("there is no model folder here", file=path, mend="name the folder that holds config.json")
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise UserError(
-            "this folder holds no model",
-            file=path,
-            expected="config.json (self-contained model) or adapter_config.json (adapter on a base model)",
-        )
-    if _is_adapter(path):
-        _base_of_adapter(path)
-
-
-def _is_adapter(path: Path) -> bool:
-    # With a config.json of its own the folder is a model, and transformers adds an embedded adapter by itself.
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
-
-
-def _base_of_adapter(path: Path) -> Path:
-    """Folder of the base model that the adapter is for."""
-    file = path / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind, named = str(config.get("peft_type")), str(config.get("base_model_name_or_path") or "")
-    except (ValueError, AttributeError) as error:
-        raise UserError("the adapter's configuration is not a JSON object", file=file) from error
-    if kind in _PROMPT_ADAPTERS:
-        raise UserError(
-            "an adapter of this kind cannot be served by the target 'transformers'",
-            file=file,
-            field="peft_type",
-            value=kind,
-            expected="an adapter of layers, such as LORA or IA3",
-        )
-    base = (path / Path(named).expanduser()).resolve()
-    if not named or not (base / "config.json").is_file():
-        raise UserError(
-            "the base model of this adapter is not on this host",
-            file=file,
-            field="base_model_name_or_path",
-            value=named,
-            expected="the folder of a complete model, with config.json",
-            mend="write the base model's folder there, or merge the adapter and deploy the complete model",
-        )
-    return base
-
-
 # --- the server of a model ----------------------------------------------------------------------------------
 
 
-def start_model_server(work: EndpointWork, deployment: Deployment, model_folder: Path, start_timeout: float) -> None:
-    """Start the model's server and wait until it is healthy, unless it already runs.
+def start_model_server(
+    work: EndpointWork,
+    deployment: Deployment,
+    command: Callable[[], list[str]],
+    environment: Mapping[str, str],
+    folder: Path,
+    start_timeout: float,
+) -> None:
+    """Start the model's server in `folder` and wait until it is healthy, unless it already runs.
 
-    `start_timeout` is in seconds. Raises UserError with the end of the server's log.
+    `command` is asked for once the deployment has a port, which may be another one when that was taken in the
+    meantime. `start_timeout` is in seconds. Raises UserError with the end of the server's log.
     """
     if deployment.model == work.endpoint.current and is_alive(deployment.process):
         return
     for attempt in range(1, _PORT_ATTEMPTS + 1):
         deployment.port = _free_port()
         offset = deployment.log.stat().st_size if deployment.log.exists() else 0
-        process = _spawn(
-            work,
-            _backend_command(work, deployment),
-            deployment.log,
-            model_folder.parent,
-            serving_environment(model_folder),
-        )
+        process = _spawn(work, command(), deployment.log, folder, dict(environment))
         deployment.process = _reference(process.pid)
         work.save()
         if _wait_until_listening(process, deployment.port, start_timeout, health=True):
@@ -180,7 +83,7 @@ def start_model_server(work: EndpointWork, deployment: Deployment, model_folder:
         said = last_lines(deployment.log, 30, offset)
         code = process.poll()  # asked before it is stopped, which leaves nothing to ask
         stop_server(deployment.process, grace=5)
-        if "address already in use" not in said.lower() or attempt == _PORT_ATTEMPTS:
+        if not _PORT_TAKEN.search(said) or attempt == _PORT_ATTEMPTS:
             ended = "was stopped" if code is None else f"ended with exit code {code}"
             raise UserError(
                 f"the server of '{deployment.model}' was not healthy within {start_timeout:g} s; it {ended}. "
@@ -189,27 +92,30 @@ def start_model_server(work: EndpointWork, deployment: Deployment, model_folder:
             )
 
 
-def _backend_command(work: EndpointWork, deployment: Deployment) -> list[str]:
-    command = [str(deployment.python), str(TOOLKIT / "serve_model.py"), str(work.record), deployment.model]
-    command += ["--host", "127.0.0.1", "--port", str(deployment.port)]
-    command += ["--device", deployment.device, "--dtype", deployment.dtype]
-    return command + (["--quantization", deployment.quantization] if deployment.quantization else [])
-
-
-def serving_environment(model_folder: Path) -> dict[str, str]:
-    """Environment of the serving interpreter: offline, a hub cache of its own, no key, nothing of our own paths."""
+def server_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of a model server: ours without keys and paths of our own, on the GPUs that endpoints may use."""
     hidden = {API_KEY_VARIABLE, "PYTHONPATH", "PYTHONHOME"}
-    cache = model_folder.parent.parent / "hf"
-    return {name: value for name, value in os.environ.items() if name not in hidden} | {
-        "HF_HOME": str(cache),
-        "HF_HUB_CACHE": str(cache / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONSAFEPATH": "1",  # or the modules beside the program would shadow installed ones
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    gpus = load_settings().endpoint_gpus
+    devices = {"CUDA_VISIBLE_DEVICES": gpus, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus is not None else {}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **devices, **(extra or {})}
+
+
+def guarded(work: EndpointWork, command: Sequence[str | Path]) -> list[str]:
+    """The command, watched: it ends with whoever started it, unless the endpoint's record keeps it by then."""
+    return [sys.executable, str(TOOLKIT / "run_guarded.py"), str(work.record), *map(str, command)]
+
+
+def run_tool(work: EndpointWork, command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> int:
+    """Run a program to its end, however long it takes; its exit code. It does not outlive this process."""
+    process = _spawn(work, guarded(work, command), log, log.parent, dict(environment))
+    try:
+        return process.wait()
+    finally:
+        stop_server(_reference(process.pid), grace=5)
+        work.started.remove(process)
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 # --- the gateway --------------------------------------------------------------------------------------------
@@ -238,7 +144,7 @@ def start_gateway(work: EndpointWork) -> None:
         stop_server(gateway.process, grace=5)
         gateway.process = None
         said = last_lines(gateway.log, 30, offset)
-        if not new or "address already in use" not in said.lower() or attempt == _PORT_ATTEMPTS:
+        if not new or not _PORT_TAKEN.search(said) or attempt == _PORT_ATTEMPTS:
             raise UserError(
                 f"the gateway of the endpoint '{work.endpoint.name}' could not listen on "
                 f"{gateway.host}:{gateway.port}. The end of its log:\n{said}",
@@ -260,7 +166,7 @@ def _spawn(
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment,
+            env={**environment, OUTLIVES_VARIABLE: "1"},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -284,9 +190,12 @@ def _wait_until_listening(process: subprocess.Popen[bytes], port: int, timeout: 
 
 def _listens(pid: int, port: int) -> bool:
     # By the process, not by connecting: on a port taken in the meantime, somebody else would answer.
-    with suppress(psutil.NoSuchProcess):
-        connections = psutil.Process(pid).net_connections("tcp")
-        return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in connections)
+    # Or by one it has started: a custom server may listen in a worker.
+    for process in with_descendants([psutil.Process(pid)]) if psutil.pid_exists(pid) else []:
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("tcp")
+            if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in connections):
+                return True
     return False
 
 

@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from configs.endpoints import Deployment, Probe, Verification
 from configs.errors import UserError
-from tasks.files import last_lines
-from tasks.model_server import TOOLKIT, serving_environment
+from tasks.http_backends import post_json, refused
 
-
-def rendered_prompts(
-    deployment: Deployment, model_folder: Path, probes: Sequence[Probe], timeout: float
-) -> list[list[int]]:
-    """Token ids that the served folder's chat template makes of each probe, by the interpreter that serves.
-
-    `timeout` is in seconds. Raises UserError if they cannot be rendered.
-    """
-    if not probes:
-        return []
-    deployment.log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, deployment.log.open("ab") as log:
-        asked, answered = Path(scratch, "messages.json"), Path(scratch, "rendered.json")
-        asked.write_text(json.dumps([probe.messages for probe in probes]), encoding="utf-8")
-        program = TOOLKIT / "render_prompts.py"
-        try:
-            subprocess.run(
-                [str(deployment.python), str(program), str(model_folder), str(asked), str(answered)],
-                env=serving_environment(model_folder),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=True,
-            )
-        except subprocess.SubprocessError as error:
-            said = last_lines(deployment.log, 30)
-            raise UserError(
-                f"the prompts could not be rendered with the model's chat template. End of the log:\n{said}",
-                file=deployment.log,
-            ) from error
-        return [[int(each) for each in ids] for ids in json.loads(answered.read_text(encoding="utf-8"))]
+_CHAT = "/v1/chat/completions"
 
 
 def verify_prompts(probes: Sequence[Probe], rendered: list[list[int]]) -> None:
@@ -66,35 +30,44 @@ def verify_prompts(probes: Sequence[Probe], rendered: list[list[int]]) -> None:
         )
 
 
-def verify_answers(deployment: Deployment, probes: Sequence[Probe], timeout: float) -> Verification:
+def verify_answers(
+    deployment: Deployment, probes: Sequence[Probe], timeout: float, *, tokens_known: bool = True
+) -> Verification:
     """Ask the running server every probe: number of prompt tokens, and the greedy answer where it is known.
 
-    `timeout` is in seconds, for each answer. Raises UserError at the first that is another one.
+    Quantised here, an answer may be another one: how many are the same is told. `tokens_known`: whether the prompts
+    were compared token by token before. `timeout` is in seconds, for each answer. Raises UserError at the first
+    prompt or answer that is another one.
     """
-    comparable = deployment.quantization is None
-    answers = 0
+    same = 0
+    counted = True
+    known = [probe for probe in probes if probe.answer is not None]
     for number, probe in enumerate(probes, start=1):
-        compared = comparable and probe.answer is not None
-        content, prompt_tokens = _ask(deployment, probe, probe.max_new_tokens if compared else 1, timeout)
         where = f"probe {number} of {len(probes)}"
-        if prompt_tokens != len(probe.prompt_token_ids):
+        content, prompt_tokens = _ask(deployment, probe, timeout)
+        if prompt_tokens is not None and prompt_tokens != len(probe.prompt_token_ids):
             raise UserError(
                 f"{where}: the server made {prompt_tokens} prompt tokens of it",
                 field="usage.prompt_tokens",
                 expected=f"{len(probe.prompt_token_ids)}, as trained on",
             )
+        counted = counted and prompt_tokens is not None
         # White space around an answer is the decoder's doing, not the model's.
-        if compared and content.strip() != (probe.answer or "").strip():
+        is_same = probe.answer is not None and content.strip() == probe.answer.strip()
+        if probe.answer is not None and not is_same and deployment.quantization is None:
             raise UserError(
                 f"{where}: the server's greedy answer is another one: {content!r}",
                 field="answer",
                 expected=repr(probe.answer),
             )
-        answers += compared
+        same += is_same
+    compared = len(known) if deployment.quantization is None else 0
     return Verification(
-        prompts_checked=len(probes),
-        answers_checked=answers,
-        answers_skipped=_why_skipped(deployment, len(probes) - answers),
+        prompts_checked=len(probes) if tokens_known or counted else 0,
+        prompts_compared="tokens" if tokens_known else "counts" if counted else "nothing",
+        answers_checked=compared,
+        answers_skipped=_why_skipped(deployment, len(probes) - compared),
+        answers_same=same if deployment.quantization is not None and known else None,
     )
 
 
@@ -106,26 +79,18 @@ def _why_skipped(deployment: Deployment, skipped: int) -> str | None:
     return f"{skipped} probes came without a known answer"
 
 
-def _ask(deployment: Deployment, probe: Probe, max_tokens: int, timeout: float) -> tuple[str, int]:
-    """The server's greedy answer to the probe, and how many prompt tokens it counted."""
-    import httpx
-
-    body = {
-        "model": deployment.model,
+def _ask(deployment: Deployment, probe: Probe, timeout: float) -> tuple[str, int | None]:
+    """The server's greedy answer to the probe, and how many prompt tokens it counted, if it tells."""
+    asked = {
+        "model": deployment.backend_model,
         "messages": probe.messages,
         "temperature": 0.0,
-        "max_tokens": max_tokens,
+        "max_tokens": probe.max_new_tokens if probe.answer is not None else 1,
     }
-    url = f"http://127.0.0.1:{deployment.port}/v1/chat/completions"
+    answer = post_json(deployment, _CHAT, asked, timeout)
     try:
-        response = httpx.post(url, json=body, timeout=timeout, trust_env=False)
-        response.raise_for_status()
-        answer = response.json()
-        return answer["choices"][0]["message"].get("content") or "", int(answer["usage"]["prompt_tokens"])
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        said = last_lines(deployment.log, 30)
-        raise UserError(
-            f"the server of '{deployment.model}' did not answer a chat completion: {error!r}. "
-            f"The end of its log:\n{said}",
-            file=deployment.log,
-        ) from error
+        counted = (answer.get("usage") or {}).get("prompt_tokens")
+        content = answer["choices"][0]["message"].get("content") or ""
+        return str(content), int(counted) if counted is not None else None
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise refused(deployment, _CHAT, f"{answer!r:.500}") from error

@@ -15,8 +15,8 @@ import threading
 from pathlib import Path
 
 
-def is_kept(record: Path) -> bool:
-    """Whether the endpoint's record names this process as its gateway or as its current deployment."""
+def is_kept(record: Path, pid: int) -> bool:
+    """Whether the endpoint's record names the process as its gateway or as its current deployment."""
     try:
         endpoint = json.loads(record.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -25,7 +25,7 @@ def is_kept(record: Path) -> bool:
     if not current:
         return False
     processes = [each["process"] for each in (*current, endpoint["gateway"]) if each]
-    return any(process and process["pid"] == os.getpid() for process in processes)
+    return any(process and process["pid"] == pid for process in processes)
 
 
 def end_with_starter(record: Path) -> None:
@@ -40,7 +40,7 @@ def end_with_starter(record: Path) -> None:
         while os.read(0, 1024):
             continue
         try:
-            kept = is_kept(record)
+            kept = is_kept(record, os.getpid())
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{record} cannot be read, so this server ends: {error!r}", file=sys.stderr, flush=True)
             kept = False
