@@ -9,7 +9,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 ServiceName = Literal["prefect", "mlflow", "worker"]
-ServiceState = Literal["started", "already running", "running", "not answering", "stopped", "not running"]
+ServiceState = Literal[
+    "started", "already running", "running", "not answering", "stopped", "not running", "left to its supervisor"
+]
 
 
 class ServiceRecord(BaseModel):
@@ -18,6 +20,7 @@ class ServiceRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ServiceName
+    pool: str | None = Field(default=None, description="Work pool of a worker; None for a server.")
     pid: int = Field(gt=1, description="Leader of the process group that the server runs in.")
     process_start: float = Field(description="When the process began, in the unit of `process_start()`.")
     token: str = Field(min_length=1, description="Value of TUNELINE_SERVICE_TOKEN in its environment.")
@@ -25,8 +28,14 @@ class ServiceRecord(BaseModel):
     command: list[str] = Field(min_length=1)
     address: str = Field(description="URL it answers at; for the worker, the Prefect API it asks for work.")
     given: dict[str, str] = Field(description="Addresses of the other servers that it was started with.")
-    log: Path
+    log: Path | None = Field(description="Where its output goes; None if its supervisor (systemd) keeps it.")
     ready: bool = Field(description="Whether it has been seen healthy.")
+    supervised: bool = Field(default=False, description="Run by `tuneline serve`: `down` leaves it alone.")
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages and files: `prefect`, `mlflow`, `worker-POOL`."""
+        return self.name if self.pool is None else f"{self.name}-{self.pool}"
 
 
 class ServiceStatus(BaseModel):
@@ -35,6 +44,7 @@ class ServiceStatus(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ServiceName
+    pool: str | None = None
     state: ServiceState
     pid: int | None = None
     address: str | None = None

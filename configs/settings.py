@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from configs.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+HEARTBEAT_SECONDS = 30
+"""How often a flow run says that it is alive; Prefect takes no less."""
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + 10
+"""After how long without a heartbeat a flow run has crashed. With less than three, one late report would do it."""
 
 
 class Settings(BaseSettings):
@@ -22,9 +27,49 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address the servers bind to.")
     prefect_port: int = Field(default=4200, ge=1, le=65535, description="Port of the Prefect server.")
     mlflow_port: int = Field(default=5000, ge=1, le=65535, description="Port of the MLflow server.")
+    public_host: str | None = Field(
+        default=None,
+        description="Name or address by which browsers and other hosts reach the servers. By default the host they "
+        "bind to, or this host's name if that is every address (0.0.0.0).",
+    )
+    user: str | None = Field(default=None, description="User of both servers; needed if the host is not loopback.")
+    password: SecretStr | None = Field(default=None, description="Password of that user, at least 12 characters.")
+    prefect_database: SecretStr | None = Field(
+        default=None, description="postgresql://USER:PASSWORD@HOST/NAME of Prefect; by default a SQLite file."
+    )
+    mlflow_database: SecretStr | None = Field(
+        default=None, description="postgresql://USER:PASSWORD@HOST/NAME of MLflow; by default a SQLite file."
+    )
     grace_seconds: float = Field(
         default=60.0, gt=0, description="How long a cancelled stage may take to save its checkpoint."
     )
+    gpus: str | None = Field(
+        default=None,
+        pattern=r"^\s*$|^\s*(\d+|(GPU|MIG)-[\w/-]+)(\s*,\s*(\d+|(GPU|MIG)-[\w/-]+))*\s*$",
+        description="GPUs that trains on this host may use, as CUDA device ids (those of nvidia-smi) or UUIDs, such as "
+        "0,1; empty: none; not set: what `nvidia-smi -L` lists.",
+    )
+    gpu_locks: Path = Field(
+        default=Path("~/.tuneline-gpus"),
+        description="Folder of the GPU slots' lock files; one for the whole host, whatever installations it has.",
+    )
+    conda: str | None = Field(
+        default=None,
+        description="Program that makes conda environments: conda, mamba or micromamba, or its path; empty: none; not "
+        "set: the first of the three on the PATH.",
+    )
+    method_changes: Literal["allowed", "closed"] = Field(
+        default="allowed", description="Whether training methods can be added and deleted."
+    )
+    endpoint_gpus: str | None = Field(
+        default=None,
+        description="CUDA_VISIBLE_DEVICES of model servers, which hold no slot; not set: that of whoever deploys.",
+    )
+    llama_cpp: Path = Field(
+        default=Path("~/.cache/tuneline/llama.cpp"),
+        description="Folder that llama.cpp is built into, once for all installations that share it.",
+    )
+    vllm: Path | None = Field(default=None, description="Folder of an environment that has vLLM (bin/vllm).")
 
     @property
     def root(self) -> Path:
@@ -57,13 +102,28 @@ class Settings(BaseSettings):
         return self.root / "endpoints"
 
     @property
+    def retraining(self) -> Path:
+        """One folder a line that is retrained: its policy, its schedule, what came of it."""
+        return self.root / "retraining"
+
+    @property
+    def methods(self) -> Path:
+        """Training methods that were added: a folder each, named by the method."""
+        return self.root / "methods"
+
+    @property
+    def environments(self) -> Path:
+        """Environments of stages: one a name, made from a method's `environment.yml`."""
+        return self.root / "envs"
+
+    @property
     def services(self) -> Path:
         """Records and logs of the servers that `tuneline up` started."""
         return self.root / "services"
 
     @property
-    def mlflow_database(self) -> Path:
-        """The SQLite file that the embedded client and the server share."""
+    def mlflow_sqlite(self) -> Path:
+        """The SQLite file that the embedded client and the server share, unless `mlflow_database` names another."""
         return self.root / "mlflow" / "mlflow.db"
 
     @property
@@ -89,7 +149,7 @@ def load_settings() -> Settings:
         raise UserError(
             "an environment variable has an impossible value",
             field=f"TUNELINE_{str(first['loc'][0]).upper()}",
-            value=first["input"],
+            value=first["input"],  # never a secret: those take any text, and are checked where they are used
             expected=first["msg"],
         ) from error
 
@@ -110,3 +170,5 @@ def apply_environment(settings: Settings) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # Not left alone: with Prefect's own 180 s, or more, every healthy run would be taken for a crashed one.
+    os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(HEARTBEAT_SECONDS)

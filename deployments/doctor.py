@@ -21,6 +21,8 @@ from configs.errors import UserError
 from configs.services import ServiceStatus
 from configs.settings import PROJECT_ROOT, Settings
 from deployments import services
+from deployments.ports import port_holder, port_is_taken
+from tasks import gpus
 
 CONSTRAINTS = PROJECT_ROOT / "constraints.txt"
 # What the demo leaves behind (base model, checkpoints, merged model) with room to spare.
@@ -63,6 +65,7 @@ def diagnose(settings: Settings) -> list[Check]:
         check_home(settings.root),
         *check_services(settings),
         check_conda(),
+        check_gpus(settings),
         check_clock(),
     ]
 
@@ -155,13 +158,14 @@ def check_home(folder: Path) -> Check:
 def check_services(settings: Settings) -> list[Check]:
     """The two servers with their ports, and the worker."""
     try:
-        found = {told.name: told for told in services.status(settings)}
+        all_told = services.status(settings)
     except UserError as error:
         return [Check(name="services", ok=False, found=error.problem, mend=f"{error.file}: {error.mend}")]
+    found = {told.name: told for told in all_told}
     return [
         _check_server(found["prefect"], settings.host, settings.prefect_port, "TUNELINE_PREFECT_PORT"),
         _check_server(found["mlflow"], settings.host, settings.mlflow_port, "TUNELINE_MLFLOW_PORT"),
-        _check_service(found["worker"]),
+        *(_check_service(told) for told in all_told if told.name == "worker"),
     ]
 
 
@@ -170,6 +174,20 @@ def check_conda() -> Check:
     names = ("conda", "mamba", "micromamba")
     exe = os.environ.get("CONDA_EXE") or next(filter(None, map(shutil.which, names)), None)
     return Check(name="conda", ok=True, found=exe or "none found; stages run in virtual environments")
+
+
+def check_gpus(settings: Settings) -> Check:
+    """Which GPUs trains may use and who holds them. None is no fault: trains then run on what torch finds."""
+    try:
+        slots, waiting = gpus.slot_states(settings), gpus.waiting_trains(settings)
+    except UserError as error:
+        return Check(name="gpu slots", ok=False, found=f"{error.problem}: {error.value}", mend="see TUNELINE_GPUS")
+    except OSError as error:
+        mend = f"make the folder of TUNELINE_GPU_LOCKS writable: {settings.gpu_locks}"
+        return Check(name="gpu slots", ok=False, found=str(error), mend=mend)
+    held = [f"{slot.device}: {slot.holder.train if slot.holder else 'free'}" for slot in slots]
+    queue = [f"{len(waiting)} waiting"] if waiting else []
+    return Check(name="gpu slots", ok=True, found="; ".join([*held, *queue]) or "none on this host")
 
 
 def check_clock(now: float | None = None) -> Check:
@@ -185,9 +203,9 @@ def check_clock(now: float | None = None) -> Check:
 def _check_server(told: ServiceStatus, host: str, port: int, variable: str) -> Check:
     if told.state != "not running":
         return _check_service(told)
-    if not services.port_is_taken(host, port):
+    if not port_is_taken(host, port):
         return Check(name=told.name, ok=True, found=f"not running; port {port} is free")
-    holder = services.port_holder(port) or "another program"
+    holder = port_holder(port) or "another program"
     mend = f"end that program, or choose another port: {variable}={port + 1}"
     return Check(name=told.name, ok=False, found=f"port {port} is in use by {holder}", mend=mend)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -9,15 +12,17 @@ from pydantic import BaseModel, ConfigDict
 from configs.base_models import load_base_models
 from configs.errors import UserError
 from configs.settings import Settings
-from deployments import forms
+from deployments import alerts, automations, forms, retraining
+from deployments.work_pools import WORK_POOL, ensure_pool
 from methods.registry import Method, load_methods
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.responses import DeploymentResponse
 
-WORK_POOL = "tuneline"
 TAG = "tuneline"
+_MAY_TRAIN = ("customized", "complete", "deployed", "resume")
+_AFTER_CRASH = "resume/after-crash"
 _PAGE = 200  # the most deployments that Prefect tells at once
 
 # A module, not a file: the flows are found wherever Tuneline is installed, whatever folder a worker runs in.
@@ -28,6 +33,10 @@ ENTRYPOINTS = {
     "undeploy": "flows.records.undeploy",
     "add-dataset": "flows.records.add_dataset",
     "add-base-model": "flows.records.register_base_model",
+    "add-method": "flows.records.add_method",
+    "delete-method": "flows.records.delete_method",
+    "resume": "flows.resume.resume",
+    retraining.FLOW: "flows.retrain.retrain",
 }
 _PATHS = {
     "customized": "an adapter on top of the base model (a customized model)",
@@ -48,6 +57,8 @@ class FlowDeployment(BaseModel):
     name: str
     description: str
     form: dict[str, Any]
+    pool: str = WORK_POOL
+    on_creation: dict[str, Any] = {}  # what is left to the page afterwards: schedules, default parameters, limits
 
     @property
     def title(self) -> str:
@@ -62,19 +73,23 @@ class DeploymentChange(BaseModel):
     change: Change
 
 
-def describe_deployments(settings: Settings) -> list[FlowDeployment]:
-    """Every deployment that the methods and base models of this installation ask for.
+def describe_deployments(settings: Settings, pool: str = WORK_POOL) -> list[FlowDeployment]:
+    """Every deployment that the methods and base models of this installation ask for, on one work pool.
 
-    Raises UserError for a manifest or a list of base models that is wrong.
+    Names are unique on a server: on another pool than the first one they end in `@POOL`. Raises UserError for a
+    manifest or a list of base models that is wrong.
     """
     base_models = list(load_base_models(settings))
     trains = [
         _train_deployment(method, through, base_models)
-        for method in load_methods().values()
+        for method in load_methods(settings).values()
         for through in method.lifecycle
         if "training" in method.stages
     ]
-    return [*trains, *_plain_deployments()]
+    described = [*trains, *_plain_deployments(), *_retrain_deployments(settings, pool)]
+    if pool == WORK_POOL:
+        return described
+    return [item.model_copy(update={"name": f"{item.name}@{pool}", "pool": pool}) for item in described]
 
 
 def _train_deployment(method: Method, through: forms.Through, base_models: list[str]) -> FlowDeployment:
@@ -92,9 +107,32 @@ def _plain_deployments() -> list[FlowDeployment]:
     plain: list[tuple[str, str, str, type[BaseModel], tuple[str, ...]]] = [
         ("complete", "from-model", f"From a customized model to {_PATHS['complete']}.", forms.CompleteFromModel, ()),
         ("deployed", "from-model", f"From a model to {_ENDPOINT}.", forms.DeployedFromModel, ("model",)),
+        (
+            "resume",
+            "train",
+            "Go on with a cancelled, failed or crashed train from its newest checkpoint, as far as it was to go.",
+            forms.Resume,
+            (),
+        ),
+        (
+            "resume",
+            "after-crash",
+            "For the automation that hears of a crashed run: goes on with its train if the train's parameter "
+            "resume_after_crash allows it, and records why or why not.",
+            forms.ResumeAfterCrash,
+            (),
+        ),
         ("undeploy", "endpoint", "Stop serving at an endpoint; its address and history are kept.", forms.Undeploy, ()),
         ("add-dataset", "file", "Validate a file and store its rows as an immutable dataset.", forms.AddDataset, ()),
         ("add-base-model", "model", "Register a base model: a folder or a hub id.", forms.AddBaseModel, ()),
+        ("add-method", "folder", "Add a training method: a folder with a method.yaml.", forms.AddMethod, ()),
+        (
+            "delete-method",
+            "name",
+            "Delete a training method that was added, with its deployments; past trains and models stay.",
+            forms.DeleteMethod,
+            (),
+        ),
     ]
     return [
         FlowDeployment(flow=flow, name=name, description=text, form=forms.plain_form(model, first))
@@ -102,29 +140,72 @@ def _plain_deployments() -> list[FlowDeployment]:
     ]
 
 
-def deploy_flows(settings: Settings, prefect_api: str) -> list[DeploymentChange]:
-    """Make the Prefect server at `prefect_api` match the description; what matches already is not touched.
+def _retrain_deployments(settings: Settings, pool: str) -> list[FlowDeployment]:
+    return [
+        FlowDeployment(
+            flow=retraining.FLOW,
+            name=line.policy.line,
+            description=f"Trains {line.policy.line} again, {line.schedule.told()}, and promotes the result only if it "
+            "is better on held-out rows. What is changed in the form counts for that run alone.",
+            form=retraining.retrain_form(line.policy),
+            on_creation=retraining.on_creation(line),
+        )
+        for line in retraining.scheduled_lines(settings)
+        if line.schedule.pool == pool
+    ]
 
-    Deployments with the tag `tuneline` that are described no more are removed. Schedules and default parameters
-    that somebody has set on the page are kept. Raises UserError if the server does not answer or refuses.
+
+def deploy_flows(settings: Settings, prefect_api: str, pool: str = WORK_POOL) -> list[DeploymentChange]:
+    """Make the work pool of the Prefect server at `prefect_api` match the description; what matches is not touched.
+
+    Deployments of this pool with the tag `tuneline` that are described no more are removed; those of other pools,
+    which other hosts describe, are left alone. Schedules, default parameters and job variables that somebody has set
+    on the page are kept. Raises UserError if the server does not answer or refuses.
     """
+    wanted = describe_deployments(settings, pool)
+    with _asking(prefect_api) as client:
+        ensure_pool(client, pool)
+        found = _deployments_of_ours(client, pool, {item.title for item in wanted})
+        changes = [_match(client, item, found.get(item.title), settings) for item in wanted]
+        removed = _remove(client, found, {item.title for item in wanted})
+        return [*changes, *removed, *_match_automations(client, wanted, pool, settings)]
+
+
+def change_schedule(prefect_api: str, line: retraining.RetrainedLine) -> None:
+    """Give the deployment of a retrained line the schedule it has now. Raises UserError as `deploy_flows`."""
+    with _asking(prefect_api) as client:
+        retraining.replace_schedule(client, line)
+
+
+@contextmanager
+def _asking(prefect_api: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server; what the server refuses, or that it does not answer, is told as UserError."""
     import httpx
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.exceptions import PrefectHTTPStatusError
-    from prefect.settings import PREFECT_API_AUTH_STRING
 
-    wanted = describe_deployments(settings)
-    password = PREFECT_API_AUTH_STRING.value()
+    # Not by Prefect's settings, which are read once at import: `up` may have got to know the password since.
     try:
-        with SyncPrefectClient(prefect_api, auth_string=password.get_secret_value() if password else None) as client:
-            _ensure_pool(client)
-            found = _deployments_of_ours(client)
-            changes = [_match(client, item, found.get(item.title), settings) for item in wanted]
-            return [*changes, *_remove(client, found, {item.title for item in wanted})]
+        with SyncPrefectClient(prefect_api, auth_string=os.environ.get("PREFECT_API_AUTH_STRING")) as client:
+            yield client
     except PrefectHTTPStatusError as error:
         raise _refused(prefect_api, f"{error.response.status_code} {error.response.text[:500]}") from error
     except httpx.TransportError as error:
         raise _refused(prefect_api, str(error)) from error
+
+
+def _match_automations(
+    client: SyncPrefectClient, deployed: list[FlowDeployment], pool: str, settings: Settings
+) -> list[DeploymentChange]:
+    (title,) = (item.title for item in deployed if item.title.partition("@")[0] == _AFTER_CRASH)
+    resume = client.read_deployment_by_name(title)
+    lines = [line for line in retraining.scheduled_lines(settings) if line.schedule.pool == pool]
+    wanted = [
+        *automations.describe_automations(TAG, pool, resume.id),
+        *retraining.describe_automations((line, client.read_deployment_by_name(line.title).id) for line in lines),
+    ]
+    changes = automations.match_automations(client, pool, wanted) | alerts.match_automations(client)
+    return [DeploymentChange(deployment=f"automation {name}", change=change) for name, change in changes.items()]
 
 
 def _refused(prefect_api: str, why: str) -> UserError:
@@ -136,25 +217,12 @@ def _refused(prefect_api: str, why: str) -> UserError:
     )
 
 
-def _ensure_pool(client: SyncPrefectClient) -> None:
-    """A deployment needs its work pool, which otherwise its first worker makes, with the template used here."""
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-    from prefect.workers.process import ProcessWorker
+def _deployments_of_ours(client: SyncPrefectClient, pool: str, wanted: set[str]) -> dict[str, DeploymentResponse]:
+    """The deployments of the pool that have our tag, by FLOW/NAME.
 
-    try:
-        client.read_work_pool(WORK_POOL)
-    except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
-        pool = WorkPoolCreate(name=WORK_POOL, type=ProcessWorker.type, base_job_template=template)
-        try:
-            client.create_work_pool(pool)
-        except ObjectAlreadyExists:  # a worker was quicker
-            return
-
-
-def _deployments_of_ours(client: SyncPrefectClient) -> dict[str, DeploymentResponse]:
-    """The deployments of the server that have our tag, by FLOW/NAME."""
+    With them those of a wanted name that somebody has moved to another pool, and, in the first pool, those whose pool
+    is gone.
+    """
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 
     ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
@@ -165,15 +233,17 @@ def _deployments_of_ours(client: SyncPrefectClient) -> dict[str, DeploymentRespo
         if len(page) < _PAGE:
             break
     flows = {flow_id: client.read_flow(flow_id).name for flow_id in {item.flow_id for item in found}}
-    return {f"{flows[item.flow_id]}/{item.name}": item for item in found}
+    titled = {f"{flows[item.flow_id]}/{item.name}": item for item in found}
+    pools = (pool, None) if pool == WORK_POOL else (pool,)
+    return {title: item for title, item in titled.items() if item.work_pool_name in pools or title in wanted}
 
 
 def _match(
     client: SyncPrefectClient, wanted: FlowDeployment, found: DeploymentResponse | None, settings: Settings
 ) -> DeploymentChange:
-    fields = _fields(wanted, settings)
+    fields = _fields(wanted, settings, found.job_variables if found is not None else {})
     if found is None:
-        client.create_deployment(client.create_flow_from_name(wanted.flow), wanted.name, **fields)
+        client.create_deployment(client.create_flow_from_name(wanted.flow), wanted.name, **fields, **wanted.on_creation)
         return DeploymentChange(deployment=wanted.title, change="created")
     differing = {name: value for name, value in fields.items() if getattr(found, name) != value}
     if not differing:
@@ -185,15 +255,19 @@ def _match(
     return DeploymentChange(deployment=wanted.title, change="updated")
 
 
-def _fields(wanted: FlowDeployment, settings: Settings) -> dict[str, Any]:
+def _fields(wanted: FlowDeployment, settings: Settings, job_variables: dict[str, Any]) -> dict[str, Any]:
+    if wanted.pool == WORK_POOL:
+        # Hosts of other pools have homes of their own, which their workers' environments name.
+        home = {"TUNELINE_HOME": str(settings.root)}
+        job_variables = {**job_variables, "env": {**job_variables.get("env", {}), **home}}
     return {
         "description": wanted.description,
         "entrypoint": ENTRYPOINTS[wanted.flow],
         "parameter_openapi_schema": wanted.form,
         "enforce_parameter_schema": True,
-        "work_pool_name": WORK_POOL,
-        "job_variables": {"env": {"TUNELINE_HOME": str(settings.root)}},
-        "tags": [TAG],
+        "work_pool_name": wanted.pool,
+        "job_variables": job_variables,
+        "tags": [TAG, automations.train_tag(wanted.pool)] if wanted.flow in _MAY_TRAIN else [TAG],
     }
 
 

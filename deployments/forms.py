@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from configs.datasets import RequestedShape
-from configs.endpoints import EndpointName, Quantization, Target
+from configs.endpoints import QUANTIZATIONS, EndpointName, Quantization, Target
 from configs.errors import UserError
 from configs.reference import typical_of, typical_text
 from configs.resolve import DEFAULT, ResolvedTrain, resolve_train
@@ -84,9 +84,18 @@ class ServedAt(BaseModel):
         title="Endpoint",
         description="Endpoint to deploy to, such as home-commands. Empty: one named after the model's line.",
     )
-    target: Target = Field(default="transformers", title="Target", description="What serves the model.")
+    target: Target = Field(
+        default="transformers",
+        title="Target",
+        description="What serves the model. `tuneline targets` tells which ones are ready on a host; llama.cpp and "
+        "ollama take complete models only.",
+    )
     quantization: Quantization | None = Field(
-        default=None, title="Quantization", description="How the weights are held while serving. Empty: as they are."
+        default=None,
+        title="Quantization",
+        description="How the weights are held while serving. Empty: as they are. "
+        + "; ".join(f"{target}: {', '.join(kinds)}" for target, kinds in QUANTIZATIONS.items() if kinds)
+        + ".",
     )
     port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, title="Port", description="Port of a new endpoint. Empty: a free one from 8100."
@@ -107,6 +116,18 @@ class DeployedFromModel(ServedAt):
     model: Text = Field(
         title="Model", description="Name of a base, customized or complete model, LINE@ALIAS, or a train."
     )
+
+
+class Resume(BaseModel):
+    """What the flow `resume` needs to go on with a train that somebody names."""
+
+    train: Text = Field(title="Train", description="Id of the train, or its name for the newest one of that name.")
+
+
+class ResumeAfterCrash(BaseModel):
+    """What the flow `resume` needs to decide about a train that crashed."""
+
+    crashed_flow_run: Text = Field(title="Crashed flow run", description="Id of the flow run that has crashed.")
 
 
 class Undeploy(BaseModel):
@@ -136,6 +157,22 @@ class AddDataset(BaseModel):
         title="Allow refused rows",
         description="Store the good rows although others are refused; otherwise nothing is stored.",
     )
+
+
+class AddMethod(BaseModel):
+    """What the flow `add-method` needs."""
+
+    folder: Text = Field(
+        title="Folder",
+        description="Folder of the method on the host that the worker runs on, with its method.yaml; its absolute "
+        "path. Its files will be run by that worker.",
+    )
+
+
+class DeleteMethod(BaseModel):
+    """What the flow `delete-method` needs."""
+
+    name: Slug = Field(title="Name", description="Name of a method that was added.")
 
 
 class AddBaseModel(BaseModel):
@@ -213,6 +250,25 @@ def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = No
     return found.model_copy(update={"origins": origins, "warnings": warnings})
 
 
+def mark_copied(resolved: ResolvedTrain, train_id: str, copied: TrainConfig) -> ResolvedTrain:
+    """The same, with `copied from TRAIN` as the origin of every value of the form that this train had as well."""
+    before = copied.model_dump(mode="json")
+    now = resolved.config.model_dump(mode="json")
+    origins = {
+        name: f"copied from {train_id}" if origin == FORM and _value(now, name) == _value(before, name) else origin
+        for name, origin in resolved.origins.items()
+    }
+    return resolved.model_copy(update={"origins": origins})
+
+
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted name; None where there is none."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 # --- schemas -----------------------------------------------------------------------------------------------
 
 
@@ -271,8 +327,23 @@ def _field(name: str, schema: Mapping[str, Any], definitions: Mapping[str, Any])
         del field["default"]
     if "const" in field:
         field["enum"] = [field.pop("const")]
+    if "$ref" in field.get("items", {}):
+        field["items"] = _item(definitions[field["items"]["$ref"].rpartition("/")[2]], definitions)
     described = [str(schema.get("description", ""))]
     typical = typical_of(dict(schema))
     if typical is not None:
         described.append(f"Typical: {typical_text(typical)}.")
     return field | {"title": schema.get("title", name), "description": " ".join(filter(None, described))}
+
+
+def _item(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Schema:
+    """One entry of a list of objects, written out in place."""
+    fields = {name: _field(name, field, definitions) for name, field in schema["properties"].items()}
+    _number(fields)
+    return {
+        "type": "object",
+        "title": schema["title"],
+        "properties": fields,
+        "required": list(schema.get("required", [])),
+        "additionalProperties": False,
+    }

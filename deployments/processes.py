@@ -48,6 +48,18 @@ def end_tree(record: ServiceRecord, stop_seconds: float, save_seconds: float) ->
     return Ended(found=found, left=tuple(process.pid for process in left if is_running(process)))
 
 
+def flow_runs_below(record: ServiceRecord) -> frozenset[str]:
+    """The ids of the flow runs whose processes a worker has started and that are still there."""
+    leader = find_process(record.pid, record.process_start)
+    found = set()
+    for process in with_descendants([leader] if leader is not None else _orphans(record)):
+        try:
+            found.add(process.environ().get("PREFECT__FLOW_RUN_ID", ""))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return frozenset(found - {""})
+
+
 def _orphans(record: ServiceRecord) -> list[psutil.Process]:
     """What a leader that was killed from outside has left in its process group.
 

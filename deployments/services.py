@@ -1,4 +1,4 @@
-"""The Prefect server, the MLflow server and one worker, started and ended as `tuneline up` and `down`.
+"""The Prefect server, the MLflow server and workers, started and ended as `tuneline up` and `down`.
 
 Each runs detached, in a session of its own, with a record in `settings.services`. Only what has a record is
 ever ended, and only if the process found under its id is the one that was started.
@@ -6,41 +6,73 @@ ever ended, and only if the process found under its id is the one that was start
 
 from __future__ import annotations
 
-import fcntl
-import http.client
-import ipaddress
-import json
 import os
-import socket
 import subprocess
-import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import psutil
-from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.services import Addresses, ServiceName, ServiceRecord, ServiceState, ServiceStatus
 from configs.settings import Settings, apply_environment
-from deployments.flow_deployments import WORK_POOL, deploy_flows
-from deployments.processes import TOKEN_VARIABLE, end_tree, is_alive
-from tasks.files import last_lines, write_record
+from deployments.asking import artifact_location, is_healthy, report_crashed, takes_us
+from deployments.credentials import (
+    CLIENT_VARIABLES,
+    Credentials,
+    client_environment,
+    find_credentials,
+    keep_credentials,
+    kept_credentials,
+    require_credentials,
+)
+from deployments.databases import EXPERIMENT, mlflow_database_uri, prefect_database_uri
+from deployments.flow_deployments import deploy_flows
+from deployments.ports import ServerName, refuse_one_port_for_both, refuse_taken_port, server_address
+from deployments.processes import TOKEN_VARIABLE, end_tree, flow_runs_below, is_alive
+from deployments.service_records import (
+    all_records,
+    forget_record,
+    locked,
+    read_record,
+    record_path,
+    recorded_pools,
+    running,
+    write_record,
+)
+from deployments.starting import prepare, service_command, service_environment
+from deployments.work_pools import WORK_POOL, checked_pool
+from tasks.files import last_lines
 from tasks.processes import process_start
 
-SERVICES: tuple[ServiceName, ...] = ("prefect", "mlflow", "worker")
+SERVERS: tuple[ServerName, ...] = ("prefect", "mlflow")
 START_SECONDS = 180.0
 # A server has nothing to save; a worker's flow runs get `grace_seconds` for their checkpoints instead.
 STOP_SECONDS = 10.0
-WORKER_QUERY_SECONDS = "2"
 
-_PORT_VARIABLES = {"prefect": "TUNELINE_PREFECT_PORT", "mlflow": "TUNELINE_MLFLOW_PORT"}
+_EXAMPLES = {
+    "PREFECT_API_URL": "http://gpu-server.lan:4200/api",
+    "MLFLOW_TRACKING_URI": "http://gpu-server.lan:5000",
+}
+_REFUSALS: dict[int | None, tuple[str, str]] = {
+    None: (
+        "nobody answers at the server's address",
+        "see there with `tuneline status` whether it runs, and whether its port can be reached from here",
+    ),
+    401: (
+        "the server refuses the credentials",
+        "set TUNELINE_USER and TUNELINE_PASSWORD to those that it was started with",
+    ),
+    403: (
+        "the server does not answer to this name",
+        "on the server, set TUNELINE_PUBLIC_HOST to the name used here, then `tuneline down` and `tuneline up`",
+    ),
+}
+
 _set_by_connect: dict[str, str] = {}
 
 
@@ -50,58 +82,91 @@ _set_by_connect: dict[str, str] = {}
 def up(settings: Settings) -> list[ServiceStatus]:
     """Start whichever of the three is missing, wait until all answer, deploy the flows; harmless if they run already.
 
-    Raises UserError if the host is open to the network, a port is taken, or one does not become healthy;
-    what this call had started is then ended again.
+    Raises UserError if the host is open to the network without credentials, a port is taken, or one does not become
+    healthy; what this call had started is then ended again.
     """
-    _refuse_open_host(settings)
+    refuse_one_port_for_both(settings)
+    credentials = require_credentials(settings)
+    for check in (prefect_database_uri, mlflow_database_uri):
+        check(settings)  # a mistake is told before anything starts
     apply_environment(settings)
-    with _locked(settings):
+    _use(credentials)
+    with locked(settings):
+        _refuse_other_credentials(settings, credentials)
         begun: list[ServiceRecord] = []
         try:
-            servers = _bring_up_servers(settings, begun)
-            deploy_flows(settings, f"{servers[0].address}/api")
-            worker = _bring_up_worker(settings, servers, begun)
+            prefect, mlflow = _bring_up_servers(settings, credentials, begun)
+            worker = _bring_up_pool(settings, WORK_POOL, _addresses_of(prefect, mlflow), credentials, begun)
         except BaseException:
             for record in reversed(begun):
                 _end(settings, record)
             raise
-    new = {record.name for record in begun}
-    return [_told(record, "started" if record.name in new else "already running") for record in (*servers, worker)]
+    return _told_all([prefect, mlflow, worker], begun)
+
+
+def join(settings: Settings, pool: str) -> list[ServiceStatus]:
+    """Start a worker of `pool` on this host, for servers that run elsewhere; harmless if it runs already.
+
+    The servers are those that PREFECT_API_URL and MLFLOW_TRACKING_URI name, else those of this host. The work pool is
+    made if it is missing, and the flows are deployed on it. Raises UserError if a server is not named, does not
+    answer, or refuses the credentials.
+    """
+    checked_pool(pool)
+    credentials = find_credentials(settings)
+    given = _servers_elsewhere(settings)
+    apply_environment(settings)
+    _use(credentials)
+    _refuse_unanswered(settings, given)
+    _refuse_unreachable_artifacts(settings, given["MLFLOW_TRACKING_URI"])
+    with locked(settings):
+        _refuse_other_credentials(settings, credentials)
+        begun: list[ServiceRecord] = []
+        try:
+            if credentials is not None:
+                keep_credentials(settings, credentials)
+            worker = _bring_up_pool(settings, pool, given, credentials, begun)
+        except BaseException:
+            for record in begun:
+                _end(settings, record)
+            raise
+    return _told_all([worker], begun)
 
 
 def down(settings: Settings) -> list[ServiceStatus]:
-    """End what `up` started, with every process below it, and nothing else; harmless if nothing runs.
+    """End what `up` started on this host, with every process below it, and nothing else; harmless if nothing runs.
 
-    Flow runs of the worker are ended first and have `settings.grace_seconds` to save their checkpoints.
-    Raises UserError if a process cannot be ended.
+    Flow runs of a worker are ended first and have `settings.grace_seconds` to save their checkpoints. What systemd
+    keeps running is left to it. Raises UserError if a process cannot be ended.
     """
     if not settings.services.is_dir():
-        return [ServiceStatus(name=name, state="not running") for name in SERVICES]
-    with _locked(settings):
-        told = []
-        for name in reversed(SERVICES):
-            record = _read_record(settings, name)
-            ended = _end(settings, record) if record is not None else False
-            told.append(ServiceStatus(name=name, state="stopped" if ended else "not running"))
-        return told[::-1]
+        return [ServiceStatus(name=name, pool=pool, state="not running") for name, pool in _known(settings)]
+    with locked(settings):
+        return [_put_down(settings, name, pool) for name, pool in reversed(_known(settings))][::-1]
 
 
 def status(settings: Settings) -> list[ServiceStatus]:
-    """How each of the three is now. Changes nothing."""
+    """How each service of this host is now. Changes nothing."""
     told = []
-    for name in SERVICES:
-        record = _read_record(settings, name)
+    for name, pool in _known(settings):
+        record = read_record(settings, name, pool)
         if record is None or not is_alive(record):
-            told.append(ServiceStatus(name=name, state="not running"))
+            told.append(ServiceStatus(name=name, pool=pool, state="not running"))
         else:
-            told.append(_told(record, "running" if _is_healthy(record) else "not answering"))
+            told.append(_told(record, "running" if is_healthy(settings, record) else "not answering"))
     return told
 
 
 def addresses(settings: Settings) -> Addresses:
-    """Where the running servers answer. Cheap: reads the records and looks at the processes only."""
-    prefect = _running(settings, "prefect")
-    mlflow = _running(settings, "mlflow")
+    """Where the servers answer: those of this host, else those that a worker of this host was joined to.
+
+    Cheap: reads the records and looks at the processes only.
+    """
+    prefect, mlflow = running(settings, "prefect"), running(settings, "mlflow")
+    if prefect is None and mlflow is None:
+        for pool in recorded_pools(settings):
+            worker = running(settings, "worker", pool)
+            if worker is not None:
+                return _of_worker(worker)
     return Addresses(
         prefect_api=f"{prefect.address}/api" if prefect else None,
         prefect_ui=prefect.address if prefect else None,
@@ -112,8 +177,8 @@ def addresses(settings: Settings) -> Addresses:
 def connect(settings: Settings) -> Addresses:
     """Point this process at the running servers, or at the embedded ones on the same databases.
 
-    To be called before `prefect` or `mlflow` is imported: both read their environment then. An address
-    that somebody else has put into the environment (a team's own server) is left alone.
+    To be called before `prefect` or `mlflow` is imported: both read their environment then. An address or a
+    credential that somebody else has put into the environment (a team's own server) is left alone.
     """
     apply_environment(settings)
     found = addresses(settings)
@@ -123,8 +188,10 @@ def connect(settings: Settings) -> Addresses:
     # The first embedded run creates the database, which on a small machine takes nearly the default 20 s.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     _point("PREFECT_API_URL", found.prefect_api)
-    settings.mlflow_database.parent.mkdir(parents=True, exist_ok=True)
+    _point("PREFECT_API_DATABASE_CONNECTION_URL", None if found.prefect_api else prefect_database_uri(settings))
+    settings.mlflow_sqlite.parent.mkdir(parents=True, exist_ok=True)
     _point("MLFLOW_TRACKING_URI", found.mlflow or mlflow_database_uri(settings))
+    _use(find_credentials(settings))
     return found
 
 
@@ -156,105 +223,73 @@ def what_to_click(settings: Settings) -> str:
         lines += [
             f"MLflow   {found.mlflow}",
             "  Experiments  > the newest run > Model metrics: its curves; Artifacts: its files",
-            "  Experiments  > tick several runs > Compare: trains side by side",
+            "  Experiments  > tuneline > Views > Trains: parameters and figures; tick several > Compare: side by side",
             "  Models       > what was trained, and from what",
         ]
-    return "\n".join([*lines, "Stop them: tuneline down"])
-
-
-def mlflow_database_uri(settings: Settings) -> str:
-    """The tracking address of the embedded MLflow client, and the backend store of the server."""
-    return f"sqlite:///{settings.mlflow_database}"
-
-
-def mlflow_artifact_location(settings: Settings) -> str:
-    """The `artifact_location` that every experiment must be created with, embedded or not.
-
-    A file address, not `mlflow-artifacts:`, which a client on the SQLite file cannot resolve: with it, a run
-    logged with the servers up could not be read after `tuneline down`.
-    """
-    return settings.mlflow_artifacts.as_uri()
+    return "\n".join([*lines, "Stop what runs on this host: tuneline down"])
 
 
 # --- starting ----------------------------------------------------------------------------------------------
 
 
-def _bring_up_servers(settings: Settings, begun: list[ServiceRecord]) -> tuple[ServiceRecord, ServiceRecord]:
+def _bring_up_servers(
+    settings: Settings, credentials: Credentials | None, begun: list[ServiceRecord]
+) -> tuple[ServiceRecord, ServiceRecord]:
     """Both servers healthy; they take ten seconds each, so they start side by side."""
-    missing: tuple[ServiceName, ...] = ("prefect", "mlflow")
-    running = {name: record for name in missing if (record := _alive_or_cleared(settings, name))}
+    found = {name: record for name in SERVERS if (record := _alive_or_cleared(settings, name))}
+    missing = [name for name in SERVERS if name not in found]
     for name in missing:
-        if name not in running:
-            _refuse_taken_port(settings, name)
+        refuse_taken_port(settings, name)
     for name in missing:
-        if name not in running:
-            running[name] = _start(settings, name, _command(settings, name), _server_address(settings, name))
-            begun.append(running[name])
-    return _wait_ready(settings, running["prefect"]), _wait_ready(settings, running["mlflow"])
+        prepare(settings, name, credentials)
+    if credentials is not None:
+        keep_credentials(settings, credentials)
+    for name in missing:
+        found[name] = _start(settings, name, server_address(settings, name), credentials)
+        begun.append(found[name])
+    return _wait_ready(settings, found["prefect"]), _wait_ready(settings, found["mlflow"])
 
 
-def _bring_up_worker(
-    settings: Settings, servers: tuple[ServiceRecord, ServiceRecord], begun: list[ServiceRecord]
+def _bring_up_pool(
+    settings: Settings,
+    pool: str,
+    given: dict[str, str],
+    credentials: Credentials | None,
+    begun: list[ServiceRecord],
 ) -> ServiceRecord:
-    prefect, mlflow = servers
-    given = {"PREFECT_API_URL": f"{prefect.address}/api", "MLFLOW_TRACKING_URI": mlflow.address}
-    record = _alive_or_cleared(settings, "worker")
-    if record is not None and record.given != given:
+    """The pool with its deployments, and a worker of this host for it."""
+    deploy_flows(settings, given["PREFECT_API_URL"], pool)
+    record = _alive_or_cleared(settings, "worker", pool)
+    if record is not None and record.given != given and not record.supervised:
         # A server has moved to another port: this worker would ask the old one for ever.
         _end(settings, record)
         record = None
     if record is None:
-        command = _command(settings, "worker")
-        record = _start(settings, "worker", command, given["PREFECT_API_URL"], given)
+        prepare(settings, "worker", credentials)
+        record = _start(settings, "worker", given["PREFECT_API_URL"], credentials, pool, given)
         begun.append(record)
     return _wait_ready(settings, record)
-
-
-def _command(settings: Settings, name: ServiceName) -> list[str]:
-    module = [sys.executable, "-m"]
-    if name == "prefect":
-        address = ["--host", settings.host, "--port", str(settings.prefect_port)]
-        return [*module, "prefect", "server", "start", *address]
-    if name == "mlflow":
-        address = ["--host", settings.host, "--port", str(settings.mlflow_port), "--workers", "1"]
-        store = ["--backend-store-uri", mlflow_database_uri(settings)]
-        # The artifacts' destination serves clients that ask for `mlflow-artifacts:` all the same.
-        location = mlflow_artifact_location(settings)
-        roots = ["--default-artifact-root", location, "--artifacts-destination", location]
-        return [*module, "mlflow", "server", *address, *store, *roots]
-    return [
-        *module,
-        "prefect",
-        "worker",
-        "start",
-        "--pool",
-        WORK_POOL,
-        "--type",
-        "process",
-        "--name",
-        "local",
-    ]
 
 
 def _start(
     settings: Settings,
     name: ServiceName,
-    command: list[str],
     address: str,
+    credentials: Credentials | None,
+    pool: str | None = None,
     given: dict[str, str] | None = None,
 ) -> ServiceRecord:
     """Start one service detached and record it before anything else can go wrong."""
-    for folder in (settings.services, settings.mlflow_artifacts, settings.prefect_home):
-        folder.mkdir(parents=True, exist_ok=True)
+    command = service_command(settings, name, pool or WORK_POOL, credentials)
     token = uuid.uuid4().hex
-    log = settings.services / f"{name}.log"
+    log = record_path(settings, name, pool).with_suffix(".log")
     started_at = datetime.now(UTC)
     with log.open("ab") as output:
         # In the home folder, because Prefect reads .env, prefect.toml and pyproject.toml where it is started.
         process = subprocess.Popen(
             command,
             cwd=settings.root,
-            env=_environment(settings) | (given or {}) | {TOKEN_VARIABLE: token},
+            env=service_environment(settings, name, credentials, given or {}) | {TOKEN_VARIABLE: token},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -262,6 +297,7 @@ def _start(
         )
     record = ServiceRecord(
         name=name,
+        pool=pool,
         pid=process.pid,
         process_start=process_start(psutil.Process(process.pid)),
         token=token,
@@ -272,24 +308,8 @@ def _start(
         log=log,
         ready=False,
     )
-    _write_record(settings, record)
+    write_record(settings, record)
     return record
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    """The environment of the services: this process's, without where it happens to be connected to."""
-    elsewhere = {"PREFECT_API_URL", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"}
-    inherited = {name: value for name, value in os.environ.items() if name not in elsewhere}
-    return inherited | {
-        "TUNELINE_HOME": str(settings.root),
-        "PREFECT_HOME": str(settings.prefect_home),
-        "PREFECT_WORKER_QUERY_SECONDS": WORKER_QUERY_SECONDS,
-        # The page asks this address; its default is port 4200 wherever the server listens.
-        "PREFECT_SERVER_UI_API_URL": f"{_server_address(settings, 'prefect')}/api",
-        # The job runner is eight more processes and 1 GB, for features that Tuneline does not use.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 def _wait_ready(settings: Settings, record: ServiceRecord) -> ServiceRecord:
@@ -297,238 +317,173 @@ def _wait_ready(settings: Settings, record: ServiceRecord) -> ServiceRecord:
     if record.ready:
         return record
     deadline = time.monotonic() + START_SECONDS
-    while not _is_healthy(record):
+    while not is_healthy(settings, record):
         if not is_alive(record):
             raise _not_started(record, "ended while starting")
         if time.monotonic() > deadline:
             raise _not_started(record, f"did not answer within {START_SECONDS:.0f} s")
         time.sleep(0.2)
     ready = record.model_copy(update={"ready": True})
-    _write_record(settings, ready)
+    write_record(settings, ready)
     return ready
 
 
 def _not_started(record: ServiceRecord, what: str) -> UserError:
-    tail = textwrap.indent(last_lines(record.log, 20), "    ") or "    (nothing)"
+    tail = textwrap.indent(last_lines(record.log, 20) if record.log else "", "    ") or "    (nothing)"
     return UserError(
-        f"the {record.name} service {what}; the end of its log is:\n{tail}",
+        f"the {record.label} service {what}; the end of its log is:\n{tail}",
         file=record.log,
         mend="run `tuneline doctor`, mend what the log names, then run `tuneline up` again",
     )
 
 
-# --- health ------------------------------------------------------------------------------------------------
+# --- what is refused ---------------------------------------------------------------------------------------
 
 
-def _is_healthy(record: ServiceRecord) -> bool:
-    if record.name == "worker":
-        return _worker_has_reported(record)
-    path = "/api/health" if record.name == "prefect" else "/health"
-    answer = _ask("GET", f"{record.address}{path}")
-    return answer is not None and answer[0] == http.HTTPStatus.OK
+def _refuse_other_credentials(settings: Settings, credentials: Credentials | None) -> None:
+    """What runs was given the credentials that are kept: others would lock each out from the other."""
+    kept = kept_credentials(settings)
+    same = credentials == kept or (credentials is not None and kept is not None and credentials.same_as(kept))
+    if same or not any(is_alive(record) for record in all_records(settings)):
+        return
+    raise UserError(
+        "what runs on this host was started with other credentials" if kept else "what runs here has no credentials",
+        field="TUNELINE_PASSWORD",
+        mend="tuneline down, then tuneline up with the new ones (or unset TUNELINE_USER and TUNELINE_PASSWORD)",
+    )
 
 
-def _worker_has_reported(record: ServiceRecord) -> bool:
-    """Whether the server has heard this worker, not only one of the same name from an earlier `up`."""
-    answer = _ask("POST", f"{record.address}/work_pools/{WORK_POOL}/workers/filter", body=b"{}")
-    if answer is None or answer[0] != http.HTTPStatus.OK:
-        return False
-    heard = [worker for worker in json.loads(answer[1]) if worker["status"] == "ONLINE"]
-    times = [datetime.fromisoformat(worker["last_heartbeat_time"]) for worker in heard]
-    return any(moment >= record.started_at for moment in times)
+def _servers_elsewhere(settings: Settings) -> dict[str, str]:
+    """The addresses that a worker is to be given. Raises UserError if one is missing or is no address of a server."""
+    own = addresses(settings)
+    found = {
+        "PREFECT_API_URL": os.environ.get("PREFECT_API_URL") or own.prefect_api,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or own.mlflow,
+    }
+    return {name: _checked_address(name, address) for name, address in found.items()}
 
 
-def _ask(method: str, url: str, body: bytes | None = None) -> tuple[int, bytes] | None:
-    """Status and body of an HTTP request, None if nobody answers within two seconds.
-
-    http.client, because it is light to import and takes no notice of a proxy set for the internet.
-    """
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
-    try:
-        connection.request(method, parts.path, body=body, headers={"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return response.status, response.read()
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-
-
-# --- hosts and ports ---------------------------------------------------------------------------------------
-
-
-def _refuse_open_host(settings: Settings) -> None:
-    if settings.prefect_port == settings.mlflow_port:
+def _checked_address(name: str, address: str | None) -> str:
+    example = _EXAMPLES[name]
+    if not address:
         raise UserError(
-            "the Prefect and the MLflow server cannot share one port",
-            field="TUNELINE_MLFLOW_PORT",
-            value=settings.mlflow_port,
-            mend="set TUNELINE_MLFLOW_PORT or TUNELINE_PREFECT_PORT to another free port",
+            "a worker needs to know its servers, and none run on this host",
+            field=name,
+            expected=f"the server's address, such as {example}",
+            mend=f"export {name}={example}",
         )
-    if settings.host == "localhost" or _is_loopback(settings.host):
-        return
-    raise UserError(
-        "the servers would be open to the network without a password",
-        field="TUNELINE_HOST",
-        value=settings.host,
-        expected="a loopback address such as 127.0.0.1",
-        mend="unset TUNELINE_HOST and reach the pages from another machine through an SSH tunnel: "
-        f"ssh -L {settings.prefect_port}:127.0.0.1:{settings.prefect_port} "
-        f"-L {settings.mlflow_port}:127.0.0.1:{settings.mlflow_port} THIS_HOST",
-    )
+    parts = urlsplit(address)
+    if parts.username or parts.password:
+        raise UserError(
+            "an address with a password in it would be recorded and shown",
+            field=name,
+            mend="give user and password as TUNELINE_USER and TUNELINE_PASSWORD",
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError("this is no address of a server", field=name, value=address, expected=f"such as {example}")
+    return address.rstrip("/")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _refuse_unanswered(settings: Settings, given: dict[str, str]) -> None:
+    for name, answered in takes_us(settings, given["PREFECT_API_URL"], given["MLFLOW_TRACKING_URI"]).items():
+        if answered == 200:
+            continue
+        what, mend = _REFUSALS.get(
+            answered, (f"this is not the server's API: it answered {answered}", f"an address such as {_EXAMPLES[name]}")
+        )
+        raise UserError(what, field=name, value=given[name], mend=mend)
 
 
-def _server_address(settings: Settings, name: ServiceName) -> str:
-    port = settings.prefect_port if name == "prefect" else settings.mlflow_port
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{port}"
-
-
-def _refuse_taken_port(settings: Settings, name: ServiceName) -> None:
-    port = settings.prefect_port if name == "prefect" else settings.mlflow_port
-    if not port_is_taken(settings.host, port):
-        return
-    holder = port_holder(port)
-    raise UserError(
-        f"port {port}, wanted by the {name} server, is in use by {holder or 'another program'}",
-        field=_PORT_VARIABLES[name],
-        value=port,
-        mend=f"end that program, or choose another port: {_PORT_VARIABLES[name]}={port + 1} tuneline up",
-    )
-
-
-def port_is_taken(host: str, port: int) -> bool:
-    """Whether something listens on the port, or the system refuses to bind it."""
-    # macOS lets one bind 127.0.0.1:5000 beside AirPlay's *:5000; only a connection shows that.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        if probe.connect_ex((host, port)) == 0:
-            return True
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
-def port_holder(port: int) -> str | None:
-    """`pid 123 (name)` of who listens on the port, None if the system does not tell."""
-    try:
-        for connection in psutil.net_connections(kind="tcp"):
-            if connection.status != psutil.CONN_LISTEN or not connection.laddr or connection.pid is None:
-                continue
-            if connection.laddr.port == port:
-                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
-    except (psutil.AccessDenied, psutil.NoSuchProcess):
-        return None
-    return None
+def _refuse_unreachable_artifacts(settings: Settings, mlflow: str) -> None:
+    """Files on the server's own disk would be written to a folder of the same name here, and never be seen again."""
+    location = artifact_location(settings, mlflow, EXPERIMENT) or ""
+    folder = Path(unquote(urlsplit(location).path))
+    if urlsplit(location).scheme == "file" and not os.access(folder, os.W_OK):
+        raise UserError(
+            f"the MLflow server keeps its files in {folder} of its own host, which this host cannot write to",
+            field="MLFLOW_TRACKING_URI",
+            value=mlflow,
+            mend="on the server, set TUNELINE_PUBLIC_HOST to its name, then `tuneline down` and `tuneline up`: it "
+            "sends files through itself then",
+        )
 
 
 # --- ending ------------------------------------------------------------------------------------------------
 
 
-def _alive_or_cleared(settings: Settings, name: ServiceName) -> ServiceRecord | None:
+def _alive_or_cleared(settings: Settings, name: ServiceName, pool: str | None = None) -> ServiceRecord | None:
     """The record of a running service; the leftovers of one that has died are cleared away."""
-    record = _read_record(settings, name)
+    record = read_record(settings, name, pool)
     if record is None or is_alive(record):
         return record
     _end(settings, record)
     return None
 
 
+def _put_down(settings: Settings, name: ServiceName, pool: str | None) -> ServiceStatus:
+    record = read_record(settings, name, pool)
+    if record is not None and record.supervised and is_alive(record):
+        return _told(record, "left to its supervisor")
+    ended = _end(settings, record) if record is not None else False
+    return ServiceStatus(name=name, pool=pool, state="stopped" if ended else "not running")
+
+
 def _end(settings: Settings, record: ServiceRecord) -> bool:
     """End the service's whole process tree and forget it. Returns whether anything was running."""
+    flow_runs = flow_runs_below(record) if record.name == "worker" else frozenset()
     ended = end_tree(record, STOP_SECONDS, settings.grace_seconds + STOP_SECONDS)
     if ended.left:
         raise UserError(
-            f"the {record.name} service does not end; the system holds its processes {list(ended.left)}",
-            file=_record_path(settings, record.name),
+            f"the {record.label} service does not end; the system holds its processes {list(ended.left)}",
+            file=record_path(settings, record.name, record.pool),
             mend="see what they wait for (ps -o pid,stat,wchan), then run `tuneline down` again",
         )
-    if record.name == "worker" and ended.found:
-        _report_ended_runs(record.address, ended.found)
-    _record_path(settings, record.name).unlink(missing_ok=True)
+    report_crashed(settings, record.address, flow_runs)
+    forget_record(settings, record)
     return bool(ended.found)
 
 
-def _report_ended_runs(prefect_api: str, ended: frozenset[int]) -> None:
-    """Tell the Prefect server which flow runs ended with their worker.
-
-    A flow run of a worker does not live to report SIGTERM; its worker does that, and is gone as well. Without
-    this the run would be shown as running for ever.
-    """
-    unfinished = {
-        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
-        "work_pools": {"name": {"any_": [WORK_POOL]}},
-    }
-    answer = _ask("POST", f"{prefect_api}/flow_runs/filter", body=json.dumps(unfinished).encode())
-    if answer is None or answer[0] != http.HTTPStatus.OK:
-        return
-    # Prefect's workers write the bare process id, or the host before it.
-    ours = {name for pid in ended for name in (str(pid), f"{socket.gethostname()}:{pid}")}
-    state = {"type": "CRASHED", "name": "Crashed", "message": "The worker was ended (`tuneline down`)."}
-    body = json.dumps({"state": state, "force": True}).encode()
-    for run in json.loads(answer[1]):
-        if run["infrastructure_pid"] in ours:
-            _ask("POST", f"{prefect_api}/flow_runs/{run['id']}/set_state", body=body)
+# --- telling -----------------------------------------------------------------------------------------------
 
 
-# --- records -----------------------------------------------------------------------------------------------
+def _known(settings: Settings) -> list[tuple[ServiceName, str | None]]:
+    """The servers, and the workers that this host has records of; the usual one if it has none."""
+    pools = recorded_pools(settings) or [WORK_POOL]
+    return [("prefect", None), ("mlflow", None), *(("worker", pool) for pool in pools)]
 
 
-def _record_path(settings: Settings, name: ServiceName) -> Path:
-    return settings.services / f"{name}.json"
+def _addresses_of(prefect: ServiceRecord, mlflow: ServiceRecord) -> dict[str, str]:
+    return {"PREFECT_API_URL": f"{prefect.address}/api", "MLFLOW_TRACKING_URI": mlflow.address}
 
 
-def _read_record(settings: Settings, name: ServiceName) -> ServiceRecord | None:
-    path = _record_path(settings, name)
-    try:
-        return ServiceRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise UserError(
-            f"this record of a started server cannot be read: {error.errors()[0]['msg']}",
-            file=path,
-            mend="end the server by hand if it runs, then delete this file",
-        ) from error
+def _of_worker(worker: ServiceRecord) -> Addresses:
+    return Addresses(
+        prefect_api=worker.given["PREFECT_API_URL"],
+        prefect_ui=worker.given["PREFECT_API_URL"].removesuffix("/api"),
+        mlflow=worker.given["MLFLOW_TRACKING_URI"],
+    )
 
 
-def _write_record(settings: Settings, record: ServiceRecord) -> None:
-    write_record(_record_path(settings, record.name), record, private=True)
-
-
-@contextmanager
-def _locked(settings: Settings) -> Iterator[None]:
-    """Let one `up` or `down` work at a time; the system frees the lock even if its holder is killed."""
-    settings.services.mkdir(parents=True, exist_ok=True)
-    with (settings.services / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _running(settings: Settings, name: ServiceName) -> ServiceRecord | None:
-    record = _read_record(settings, name)
-    return record if record is not None and record.ready and is_alive(record) else None
+def _told_all(records: list[ServiceRecord], begun: list[ServiceRecord]) -> list[ServiceStatus]:
+    new = {record.label for record in begun}
+    return [_told(record, "started" if record.label in new else "already running") for record in records]
 
 
 def _told(record: ServiceRecord, state: ServiceState) -> ServiceStatus:
-    return ServiceStatus(name=record.name, state=state, pid=record.pid, address=record.address, log=record.log)
+    return ServiceStatus(
+        name=record.name, pool=record.pool, state=state, pid=record.pid, address=record.address, log=record.log
+    )
+
+
+def _use(credentials: Credentials | None) -> None:
+    """Let the clients of this process show these credentials."""
+    secrets = client_environment(credentials)
+    for variable in CLIENT_VARIABLES:
+        _point(variable, secrets.get(variable))
 
 
 def _point(name: str, value: str | None) -> None:
-    """Set or unset an address, unless somebody other than `connect` has set it."""
+    """Set or unset a variable, unless somebody other than `connect` has set it."""
     if name in os.environ and os.environ[name] != _set_by_connect.get(name):
         return
     if value is None:

@@ -21,7 +21,7 @@ def test_this_machine_is_well_and_nothing_is_changed(tmp_path: Path) -> None:
         ports = first.getsockname()[1], second.getsockname()[1]
     settings = Settings(home=home, prefect_port=ports[0], mlflow_port=ports[1])
     checks = {check.name: check for check in doctor.diagnose(settings)}
-    needed = {"python", "torch", "disk", "memory", "home", "prefect", "mlflow", "worker", "conda", "clock"}
+    needed = {"python", "torch", "disk", "memory", "home", "prefect", "mlflow", "worker", "conda", "clock", "gpu slots"}
     assert needed | {"libraries"} == set(checks)
     assert [name for name in needed if not checks[name].ok] == []
     assert "trains on" in checks["torch"].found

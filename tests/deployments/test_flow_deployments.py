@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from configs.records import TrainRecord
-from configs.settings import Settings
-from deployments import services
 from deployments.flow_deployments import TAG, deploy_flows, describe_deployments
-from tests.tiny_models import make_tiny_chat_model
+from deployments.work_pools import base_job_template
+from tests.deployments.server import Server, installation_with_servers, processes_naming, wait_for
 
 WANTED = {
+    "resume/train",
+    "resume/after-crash",
     "customized/sft",
     "complete/sft",
     "deployed/sft",
@@ -29,91 +23,23 @@ WANTED = {
     "undeploy/endpoint",
     "add-dataset/file",
     "add-base-model/model",
+    "add-method/folder",
+    "delete-method/name",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """The Prefect server of an installation, asked over HTTP as its page does it."""
-
-    def __init__(self, settings: Settings, root: Path) -> None:
-        self.settings, self.root = settings, root
-        self.api = f"http://127.0.0.1:{settings.prefect_port}/api"
-        self.mlflow = f"http://127.0.0.1:{settings.mlflow_port}"
-        self.http = httpx.Client(base_url=self.api, trust_env=False, timeout=30)
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        answer = self.http.post(path, json=body)
-        answer.raise_for_status()
-        return answer.json()
-
-    def deployment(self, title: str) -> dict[str, Any]:
-        answer = self.http.get(f"/deployments/name/{title}")
-        answer.raise_for_status()
-        return dict(answer.json())
-
-    def start(self, title: str, parameters: dict[str, Any]) -> httpx.Response:
-        return self.http.post(
-            f"/deployments/{self.deployment(title)['id']}/create_flow_run", json={"parameters": parameters}
-        )
-
-    def state(self, run: str) -> str:
-        return str(self.http.get(f"/flow_runs/{run}").json()["state"]["name"])
-
-    def train(self, name: str, **hyper: Any) -> dict[str, Any]:
-        given = {"batch_size": 4, "max_seq_length": 128, "learning_rate": 0.01, **hyper}
-        return {
-            "train": {
-                "name": name,
-                "base_model": str(self.root / "tiny"),
-                "dataset": str(self.root / "rows.jsonl"),
-                "method": "sft",
-                "hyperparameters": given,
-            }
-        }
-
-    def record(self, name: str) -> TrainRecord:
-        (path,) = self.settings.trains.glob(f"{name}_*/train.json")
-        return TrainRecord.model_validate_json(path.read_bytes())
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("deployments")
-    make_tiny_chat_model(root / "tiny", seed=1)
-    rows = [{"prompt": f"switch the light {number}", "completion": f"on {number % 7}"} for number in range(24)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "PREFECT_HOME"):
-            patch.delenv(name, raising=False)
-        patch.setenv("TUNELINE_HOME", str(root / "home"))
-        patch.setenv("OMP_NUM_THREADS", "1")  # a model this small is only slowed down by a second thread
-        before = dict(os.environ)
-        settings = Settings(prefect_port=free_port(), mlflow_port=free_port(), grace_seconds=20)
-        services.up(settings)
-        try:
-            yield Server(settings, root)
-        finally:
-            services.down(settings)
-            os.environ.clear()
-            os.environ.update(before)
+    with installation_with_servers(tmp_path_factory.mktemp("deployments")) as made:
+        yield made
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-
-
-def processes_naming(text: str) -> list[psutil.Process]:
-    found = psutil.process_iter(["cmdline", "status"])
-    return [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE and text in " ".join(p.info["cmdline"] or [])]
+@pytest.fixture(scope="module")
+def lights(server: Server) -> str:
+    """The flow run of a train that was started from the form and has ended."""
+    run = str(server.start("customized/sft", server.train("lights", max_steps=6)).json()["id"])
+    wait_for(lambda: server.state(run) in ("Completed", "Failed", "Crashed"))
+    return run
 
 
 def test_up_has_put_every_deployment_there_with_its_enforced_form(server: Server) -> None:
@@ -160,9 +86,8 @@ def test_an_impossible_value_is_refused_with_its_path_and_nothing_runs(server: S
     assert server.post("/flow_runs/count", {}) == before
 
 
-def test_a_train_from_the_form_runs_in_the_worker_and_is_recorded_in_the_home(server: Server) -> None:
-    run = server.start("customized/sft", server.train("lights", max_steps=6)).json()["id"]
-    wait_for(lambda: server.state(run) in ("Completed", "Failed", "Crashed"))
+def test_a_train_from_the_form_runs_in_the_worker_and_is_recorded_in_the_home(server: Server, lights: str) -> None:
+    run = lights
     assert server.state(run) == "Completed"
 
     record = server.record("lights")
@@ -177,6 +102,39 @@ def test_a_train_from_the_form_runs_in_the_worker_and_is_recorded_in_the_home(se
     assert float(progress) == 100
     logs = [line["message"] for line in server.post("/logs/filter", {"logs": of_run})]
     assert any("training: 6/6" in line or "training: training" in line for line in logs)
+
+
+def test_retry_of_a_completed_train_returns_its_model_without_training_again(server: Server, lights: str) -> None:
+    before = server.record("lights")
+    log = server.settings.trains / before.id / "training" / "train.log"
+    trained, models = log.read_bytes(), list(server.settings.models.iterdir())
+
+    server.retry(lights)
+
+    wait_for(lambda: server.record("lights").attempts == 2)
+    wait_for(lambda: server.state(lights) in ("Completed", "Failed", "Crashed"))
+    assert server.state(lights) == "Completed"
+    after = server.record("lights")  # and there is one only
+    assert (after.status, after.model, after.flow_run_id) == ("completed", before.model, lights)
+    assert log.read_bytes() == trained
+    assert list(server.settings.models.iterdir()) == models
+
+
+def test_a_copied_run_is_recorded_as_a_copy_with_what_was_changed(server: Server, lights: str) -> None:
+    original = server.record("lights")
+    # What the page's *Copy to new run* sends: the parameters, and the tags of the run as well.
+    tags = server.http.get(f"/flow_runs/{lights}").json()["tags"]
+    body = {"parameters": server.train("copied", max_steps=2, learning_rate=0.02), "tags": tags}
+    deployment = server.deployment("customized/sft")["id"]
+    second = server.post(f"/deployments/{deployment}/create_flow_run", body)["id"]
+    wait_for(lambda: server.state(second) in ("Completed", "Failed", "Crashed"))
+
+    copy = server.record("copied")
+    assert copy.origins["hyperparameters.learning_rate"] == "form"
+    assert copy.origins["hyperparameters.max_seq_length"] == f"copied from {original.id}"
+    assert copy.origins["hyperparameters.lora_rank"] == "default"
+    tags = server.http.get(f"/flow_runs/{second}").json()["tags"]
+    assert [tag for tag in tags if tag.startswith("train:")] == [f"train:{copy.id}"]
 
 
 def test_a_cancelled_train_saves_a_checkpoint_and_leaves_no_process(server: Server) -> None:
@@ -204,3 +162,31 @@ def test_a_dataset_is_added_from_the_page(server: Server) -> None:
     wait_for(lambda: server.state(run) in ("Completed", "Failed", "Crashed"))
     assert server.state(run) == "Completed"
     assert list((server.settings.datasets / "from-page").glob("*/rows.jsonl"))
+
+
+def test_each_pool_has_deployments_of_its_own_and_keeps_what_was_set_on_its_page(server: Server) -> None:
+    changes = {item.deployment: item.change for item in deploy_flows(server.settings, server.api, "gpu-a100")}
+    deployed = {title: change for title, change in changes.items() if not title.startswith("automation ")}
+    assert deployed == {f"{title}@gpu-a100": "created" for title in WANTED}
+    ours = server.deployment("customized/sft@gpu-a100")
+    assert ours["work_pool_name"] == "gpu-a100"
+    assert ours["job_variables"] == {}  # the home of another host is in its worker's environment
+    queues = server.post("/work_pools/gpu-a100/queues/filter", {})
+    assert {queue["name"]: queue["priority"] for queue in queues} == {"high": 1, "default": 2, "low": 3}
+
+    template = server.http.get("/work_pools/gpu-a100").json()["base_job_template"]
+    template["variables"]["properties"]["environment"]["default"] = "ft"
+    template["job_configuration"]["command"] = "python -m prefect.engine"
+    server.http.patch("/work_pools/gpu-a100", json={"base_job_template": template}).raise_for_status()
+    variables = {"environment": "other"}
+    server.http.patch(f"/deployments/{ours['id']}", json={"job_variables": variables}).raise_for_status()
+    stray = {"name": "gone@gpu-a100", "flow_id": ours["flow_id"], "tags": [TAG], "work_pool_name": "gpu-a100"}
+    server.post("/deployments/", stray)
+
+    assert {item.change for item in deploy_flows(server.settings, server.api)} == {"unchanged"}
+    changes = {item.deployment: item.change for item in deploy_flows(server.settings, server.api, "gpu-a100")}
+
+    assert {title for title, change in changes.items() if change != "unchanged"} == {"customized/gone@gpu-a100"}
+    assert server.deployment("customized/sft@gpu-a100")["job_variables"] == variables
+    mended = server.http.get("/work_pools/gpu-a100").json()["base_job_template"]
+    assert mended == base_job_template({"environment": "ft"})

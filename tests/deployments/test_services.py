@@ -21,14 +21,15 @@ import pytest
 from configs.errors import UserError
 from configs.services import ServiceRecord
 from configs.settings import PROJECT_ROOT, Settings
-from deployments import services
+from deployments import databases, services
 from deployments.processes import TOKEN_VARIABLE, is_alive
 from tasks.processes import process_start
+from tests.postgres import ADDRESS_VARIABLE, own_databases
 
 CONNECT = """
 import json, sys
 from configs.settings import load_settings
-from deployments import services
+from deployments import databases, services
 settings = load_settings()
 services.connect(settings)
 """
@@ -38,7 +39,7 @@ from mlflow import MlflowClient
 client = MlflowClient()
 found = client.get_experiment_by_name(sys.argv[1])
 experiment = found.experiment_id if found else client.create_experiment(
-    sys.argv[1], artifact_location=services.mlflow_artifact_location(settings))
+    sys.argv[1], artifact_location=databases.mlflow_artifact_location(settings))
 run = client.create_run(experiment).info.run_id
 client.log_metric(run, "loss", 0.5)
 client.log_text(run, "what was said", "notes/said.txt")
@@ -108,6 +109,9 @@ def run_python(settings: Settings, code: str, *arguments: str) -> dict[str, Any]
         "TUNELINE_MLFLOW_PORT": str(settings.mlflow_port),
         "PYTHONPATH": str(PROJECT_ROOT),
     }
+    for name, address in {"PREFECT": settings.prefect_database, "MLFLOW": settings.mlflow_database}.items():
+        if address is not None:
+            environment[f"TUNELINE_{name}_DATABASE"] = address.get_secret_value()
     done = subprocess.run(
         [sys.executable, "-c", CONNECT + code, *arguments],
         env=environment,
@@ -159,6 +163,8 @@ class Installation:
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     home = tmp_path_factory.mktemp("a home")
+    for name, value in own_databases().items():
+        os.environ[name] = value  # taken back with all others by `_own_environment`
     settings = Settings(home=home, prefect_port=free_port(), mlflow_port=free_port(), grace_seconds=5)
     try:
         yield Installation(settings)
@@ -200,7 +206,7 @@ def test_an_mlflow_run_from_before_up_is_on_the_server_with_its_artifact(
 ) -> None:
     address = services.addresses(installation.settings).mlflow
     run_id = installation.embedded["run"]
-    assert installation.embedded["tracking"].startswith("sqlite:///")
+    assert installation.embedded["tracking"] == databases.mlflow_database_uri(installation.settings)
     page = httpx.get(f"{address}/get-artifact", params={"run_id": run_id, "path": "notes/said.txt"})
     assert page.text == "what was said"
     read = run_python(installation.settings, READ_A_RUN, run_id)
@@ -244,7 +250,7 @@ def test_down_ends_every_process_and_what_the_servers_recorded_stays_readable(
     flow_run = run_python(settings, DEPLOY_AND_RUN, str(tmp_path), str(note))["run"]
     deadline = time.monotonic() + 60
     while not note.exists() or not note.read_text():
-        assert time.monotonic() < deadline, (settings.services / "worker.log").read_text()
+        assert time.monotonic() < deadline, (settings.services / "worker-tuneline.log").read_text()
         time.sleep(0.2)
     engine, child, tracking = note.read_text().split()
     assert tracking == logged["tracking"]
@@ -261,7 +267,7 @@ def test_down_ends_every_process_and_what_the_servers_recorded_stays_readable(
     assert run_python(settings, READ_A_FLOW_RUN, flow_run)["state"] in {"CRASHED", "CANCELLED"}
     read = run_python(settings, READ_A_RUN, logged["run"])
     assert read["text"] == "what was said"
-    assert read["tracking"] == services.mlflow_database_uri(settings)
+    assert read["tracking"] == databases.mlflow_database_uri(settings)
 
 
 # --- without servers ---------------------------------------------------------------------------------------
@@ -334,10 +340,11 @@ def test_a_taken_port_is_refused_by_number_holder_and_setting(tmp_path: Path) ->
     assert not (settings.services / "prefect.json").exists()
 
 
+@pytest.mark.skipif(ADDRESS_VARIABLE in os.environ, reason="there is no database file to damage")
 def test_what_up_had_started_is_ended_when_a_server_fails(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, prefect_port=free_port(), mlflow_port=free_port())
-    settings.mlflow_database.parent.mkdir(parents=True)
-    settings.mlflow_database.write_bytes(b"this is not a database" * 100)
+    settings.mlflow_sqlite.parent.mkdir(parents=True)
+    settings.mlflow_sqlite.write_bytes(b"this is not a database" * 100)
     with pytest.raises(UserError, match="mlflow service ended while starting") as caught:
         services.up(settings)
     assert "file is not a database" in str(caught.value)
