@@ -12,6 +12,8 @@ from configs.train import TrainConfig
 
 TrainStatus = Literal["running", "completed", "failed", "cancelled", "interrupted"]
 ModelStage = Literal["base", "trained", "customized", "complete"]
+QueueName = Literal["high", "default", "low"]
+"""The work queues of a pool, in the order in which their trains get GPUs."""
 
 
 def now() -> datetime:
@@ -50,6 +52,17 @@ class ModelRecord(BaseModel):
     verification: dict[str, Any] = Field(default_factory=dict)
 
 
+class ServedAs(BaseModel):
+    """Where and how a train that goes as far as an endpoint is to be served; asked beside its configuration."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    endpoint: str | None = None
+    target: str = "transformers"
+    quantization: str | None = None
+    port: int | None = None
+
+
 class TrainRecord(BaseModel):
     """One train on its way: everything that a rerun needs to pick it up. Kept as `train.json` in its folder."""
 
@@ -64,8 +77,15 @@ class TrainRecord(BaseModel):
     created: datetime = Field(default_factory=now)
     ended: datetime | None = None
     attempts: int = 1
+    queue: QueueName = Field(default="default", description="Work queue; says who gets a GPU first.")
+    waiting: str | None = Field(default=None, description="What it waits for before it goes on.")
+    gpus: list[str] = Field(default_factory=list, description="CUDA devices that the newest attempt was given.")
     run_id: str = Field(description="MLflow run.")
     flow_run_id: str | None = Field(default=None, description="Prefect flow run of the newest attempt.")
+    earlier_flow_runs: list[str] = Field(default_factory=list, description="Prefect flow runs of earlier attempts.")
+    served_as: ServedAs = Field(default_factory=ServedAs)
+    crash_resumes: int = Field(default=0, description="How often it was taken up by itself after a crash.")
+    after_crash: str | None = Field(default=None, description="What was decided after its newest crash, and why.")
     base: str | None = Field(default=None, description="Name of the base model.")
     base_path: Path | None = None
     dataset: str | None = None

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SCORE_TITLES = {
+    "accuracy": "Exact accuracy",
+    "f1": "F1",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "bleu_4": "BLEU-4",
+    "hit_limit": "Cut at the limit",
+}
+"""The figures one compares, in percent, and what they are called in tables."""
+
 
 def _percent(description: str) -> float:
     """A metric's field: percent, 0 to 100."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from configs.alerts import Subscription
 from configs.datasets import RequestedShape
 from configs.endpoints import EndpointName
 
@@ -405,6 +406,27 @@ class TrainConfig(BaseModel):
     )
     endpoint: EndpointName | None = Field(
         default=None, title="Endpoint", description="Endpoint to deploy to. Not set: one named by the train."
+    )
+    gpus: NotNegative | None = Field(
+        default=None,
+        title="GPUs",
+        description="How many GPUs of the host it holds while it runs; it waits until they are free. Not set: one, "
+        "on a host that has any.",
+    )
+    resume_after_crash: Whole = Field(
+        default=0,
+        ge=0,
+        le=100,
+        title="Resume after a crash",
+        description="How many times the train is taken up again by itself, from its newest checkpoint, after its host "
+        "or its process has died. Takes a Prefect server (`tuneline up`).",
+    )
+    alerts: list[Subscription] = Field(
+        default_factory=list,
+        title="Alerts",
+        description="Who is told when it is completed, has failed, was cancelled, or when retraining promotes a better "
+        "model.",
+        json_schema_extra={"limits": "a list such as [{to: ops, on: [failed, promoted]}], `to` being a channel"},
     )
     hyperparameters: Hyperparameters = Field(
         default_factory=Hyperparameters,

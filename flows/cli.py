@@ -15,8 +15,20 @@ import typer
 
 from configs.endpoints import Quantization, Target
 from configs.errors import UserError
+from configs.records import QueueName
+from configs.services import ServiceName
 from configs.settings import load_settings
-from flows import cli_datasets, cli_deployments, cli_methods, cli_models, cli_trains
+from flows import (
+    cli_alerts,
+    cli_datasets,
+    cli_deployments,
+    cli_environments,
+    cli_methods,
+    cli_models,
+    cli_retraining,
+    cli_targets,
+    cli_trains,
+)
 from flows.printing import print_fields, print_json, print_scores, print_table
 
 if TYPE_CHECKING:
@@ -41,7 +53,11 @@ app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_methods.app, name="methods")
+app.add_typer(cli_environments.app, name="envs")
 app.add_typer(cli_deployments.app, name="deployments")
+app.add_typer(cli_targets.app, name="targets")
+app.add_typer(cli_alerts.app, name="alerts")
+app.add_typer(cli_retraining.app, name="retrain")
 
 
 @app.callback()
@@ -61,6 +77,7 @@ def train(
     set_: Sets = [],  # noqa: B006 - typer reads the default, nobody changes it
     preset: Annotated[str | None, typer.Option(help="Documented values to start from, such as nl2json.")] = None,
     through: Annotated[str | None, typer.Option(help="How far: customized, complete or deployed.")] = None,
+    queue: Annotated[QueueName, typer.Option(help="Who gets a GPU first where several trains wait.")] = "default",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and start nothing.")] = False,
 ) -> None:
     """Train a model from a file."""
@@ -73,7 +90,7 @@ def train(
         cli_trains.check_first(resolved)
         print("this train would run; nothing was started")
         return
-    cli_trains.start(resolved)
+    cli_trains.start(resolved, queue)
 
 
 @app.command()
@@ -203,13 +220,41 @@ def score(
 
 
 @app.command()
-def up() -> None:
-    """Start the Prefect server, the MLflow server and a worker, on loopback."""
+def up(
+    worker_only: Annotated[
+        bool, typer.Option("--worker-only", help="A worker of --pool alone, for servers elsewhere.")
+    ] = False,
+    pool: Annotated[str | None, typer.Option(help="Work pool of --worker-only, such as gpu-a100.")] = None,
+    systemd: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Start nothing: write systemd units that would.")
+    ] = None,
+) -> None:
+    """Start the Prefect server, the MLflow server and a worker; on loopback unless TUNELINE_HOST says otherwise."""
+    from deployments.services import join, what_to_click
     from deployments.services import up as start
-    from deployments.services import what_to_click
 
-    _show_services(start(load_settings()))
-    print(what_to_click(load_settings()))
+    if worker_only != (pool is not None):
+        raise UserError("--worker-only and --pool belong together", mend="tuneline up --worker-only --pool gpu-a100")
+    settings = load_settings()
+    if systemd is not None:
+        from deployments.systemd import how_to_install, write_units
+
+        print(how_to_install(write_units(settings, systemd, pool)))
+        return
+    _show_services(start(settings) if pool is None else join(settings, pool))
+    cli_trains.tell_interrupted()
+    print(what_to_click(settings))
+
+
+@app.command()
+def serve(
+    service: Annotated[ServiceName, typer.Argument(help="Which one.")],
+    pool: Annotated[str, typer.Option(help="Work pool of a worker.")] = "tuneline",
+) -> None:
+    """Run one service in the foreground, as systemd units do."""
+    from deployments.serving import serve as run
+
+    run(load_settings(), service, pool)
 
 
 @app.command()
@@ -222,26 +267,36 @@ def down() -> None:
 
 @app.command()
 def status(json_: Json = False) -> None:
-    """What is running: servers, trains, endpoints."""
+    """What is running: servers, trains, endpoints, and who holds the GPUs."""
     from deployments.services import status as told
     from tasks.endpoints import list_endpoints
+    from tasks.gpus import slot_states, waiting_trains
     from tasks.trains import current_status, list_trains
 
     services = told(load_settings())
     running = [record for record in list_trains() if current_status(record) == "running"]
     endpoints = list_endpoints()
+    slots, waiting = slot_states(load_settings()), waiting_trains(load_settings())
     if json_:
         print_json(
             {
                 "services": [item.model_dump(mode="json") for item in services],
                 "trains": [record.id for record in running],
                 "endpoints": [item.model_dump(mode="json") for item in endpoints],
+                "gpus": [slot.model_dump(mode="json") for slot in slots],
+                "waiting": [ticket.model_dump(mode="json") for ticket in waiting],
             }
         )
         return
     _show_services(services)
     print()
     print_table(("Running train", "Since"), [(r.id, r.created) for r in running], "no train is running")
+    print()
+    held = [(slot.device, slot.holder and slot.holder.train, slot.holder and slot.holder.since) for slot in slots]
+    print_table(("GPU", "Held by", "Since"), held, "no GPU for trains on this host")
+    if waiting:
+        rows = [(ticket.train, ticket.gpus, ticket.queue, ticket.created) for ticket in waiting]
+        print_table(("Waiting train", "GPUs", "Queue", "Since"), rows, "")
     print()
     cli_deployments.show_all(endpoints)
 
@@ -285,8 +340,8 @@ def demo() -> None:
 
 
 def _show_services(services: list[Any]) -> None:
-    rows = [(item.name, item.state, item.address, item.pid) for item in services]
-    print_table(("Service", "State", "Address", "Process"), rows, "nothing is running")
+    rows = [(item.name, item.pool, item.state, item.address, item.pid) for item in services]
+    print_table(("Service", "Pool", "State", "Address", "Process"), rows, "nothing is running")
 
 
 def main() -> None:

@@ -57,9 +57,13 @@ def add(
 ) -> None:
     """Validate a file and store its rows as an immutable version."""
     from configs.datasets import Columns
+    from configs.settings import load_settings
+    from deployments.services import addresses, connect
     from tasks.datasets import add_dataset
 
     columns = Columns(prompt=prompt_column, completion=completion_column)
+    if addresses(load_settings()).prefect_api is not None:
+        connect(load_settings())  # it is told of the new version
     version = add_dataset(file, name, columns, shape, allow_refused=allow_refused)
     if json_:
         print_json(version.model_dump(mode="json"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from configs.errors import UserError
+from configs.scoring import SCORE_TITLES
 from flows.printing import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Endpoints and what is served at them.", invoke_without_command=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+_COMPARED = {"tokens": "every token", "counts": "number of tokens", "nothing": "not told by the server"}
 Name = Annotated[str, typer.Argument(metavar="ENDPOINT", help="Name of the endpoint.")]
 
 
@@ -77,6 +79,49 @@ def key(endpoint: Name) -> None:
     print(f"{endpoint} {'asks for its key' if changed.api_key_sha256 else 'needs no key'} from now on")
 
 
+@app.command()
+def evaluate(
+    endpoints: Annotated[
+        list[str], typer.Argument(metavar="ENDPOINT...", help="Endpoints; several are printed side by side.")
+    ],
+    dataset: Annotated[str, typer.Option(help="A file, or the name of a dataset.")],
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
+    completion_column: Annotated[str | None, typer.Option(help="Column of the expected answer.")] = None,
+    samples: Annotated[int, typer.Option(help="How many rows; -1 for all.", min=-1)] = -1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    json_: Json = False,
+) -> None:
+    """Score what endpoints answer to the rows of a dataset; recorded in MLflow. A key: TUNELINE_ENDPOINT_KEY."""
+    from configs.datasets import Columns
+    from flows.cli_trains import embedded, terminal_line
+    from tasks.datasets import resolve_dataset
+    from tasks.endpoints import load_endpoint
+    from tasks.evaluation import evaluate_endpoint
+    from tasks.inference import Generation
+
+    found = [load_endpoint(name) for name in endpoints]
+    version = resolve_dataset(dataset, Columns(prompt=prompt_column, completion=completion_column))
+    embedded()
+    generation = Generation(max_new_tokens=max_new_tokens)
+    outcomes = []
+    for endpoint in found:
+        with terminal_line(f"evaluating {endpoint.name}") as follow:
+            outcomes.append(evaluate_endpoint(endpoint, version, generation, samples, follow))
+    if json_:
+        told = ({"model": item.model, "dataset": item.dataset, **item.scores.model_dump()} for item in outcomes)
+        print_json([{"endpoint": one.name, **scores} for one, scores in zip(found, told, strict=True)])
+        return
+    for endpoint, outcome in zip(found, outcomes, strict=True):
+        print(f"{endpoint.name}: {outcome.model}")
+    rows = [
+        (title, *(f"{outcome.figures[name]:.2f}" for outcome in outcomes))
+        for name, title in SCORE_TITLES.items()
+        if name in outcomes[0].figures
+    ]
+    print_table(("Score in percent", *(endpoint.name for endpoint in found)), rows, "nothing was scored")
+    print(f"{outcomes[0].rows} rows of {outcomes[0].dataset}; {outcomes[0].scores.tokeniser}")
+
+
 def checked_name(endpoint: str | None) -> str | None:
     """The name of an endpoint to deploy to, as it is. Raises UserError if it can be none."""
     from pydantic import TypeAdapter, ValidationError
@@ -105,8 +150,11 @@ def show(endpoint: Endpoint) -> None:
             "address": endpoint.address,
             "model": endpoint.current,
             "verified": proof
-            and f"{proof.prompts_checked} prompts and {proof.answers_checked} answers equal the model's own"
+            and f"{proof.prompts_checked} prompts ({_COMPARED[proof.prompts_compared]}) and {proof.answers_checked} "
+            "answers equal the model's own"
             + (f" ({proof.answers_skipped})" if proof.answers_skipped else ""),
+            "answers that stayed the same": proof and proof.answers_same,
+            "note": "; ".join(current.notes) if current and current.notes else None,
         }
     )
 

@@ -1,12 +1,15 @@
-"""`tuneline methods`: list, show."""
+"""`tuneline methods`: list, show, add, delete."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from configs.settings import load_settings
+from flows import cli_trains
 from flows.printing import print_block, print_fields, print_heading, print_json, print_table
 
 app = typer.Typer(help="Training methods.", no_args_is_help=True)
@@ -50,6 +53,38 @@ def show(method: Annotated[str, typer.Argument(help="Name of a method.")], json_
     rows = [(name, stage.file, stage.environment) for name, stage in found.stages.items()]
     print_table(("Stage", "File", "Environment"), rows, "no stages")
     _print_parameters()
+
+
+@app.command()
+def add(folder: Annotated[Path, typer.Argument(help="Folder of the method, with its method.yaml.")]) -> None:
+    """Add a method: checked, copied into the installation, and on the Prefect page if a server runs."""
+    from tasks.training_methods import add_method
+
+    added = add_method(folder, load_settings())
+    print(f"{added.name} is added: {added.folder}")
+    _match_deployments()
+
+
+@app.command()
+def delete(name: Annotated[str, typer.Argument(help="Name of a method that was added.")]) -> None:
+    """Delete a method that was added; its past trains and models stay."""
+    from tasks.training_methods import delete_method
+
+    delete_method(name, load_settings())
+    print(f"{name} is deleted; its past trains stay")
+    _match_deployments()
+
+
+def _match_deployments() -> None:
+    """Make the Prefect page match, if a server runs; otherwise the next `tuneline up` does."""
+    cli_trains.embedded()
+    from flows.records import match_deployments
+
+    changed = match_deployments(load_settings(), set())
+    rows = [(item.deployment, item.change) for item in changed]
+    print_table(
+        ("Deployment", ""), rows, "no deployment has changed; if no server runs, `tuneline up` makes them match"
+    )
 
 
 def _print_parameters() -> None:

@@ -1,4 +1,4 @@
-"""`tuneline models`: list, add, show."""
+"""`tuneline models`: list, add, show, champion."""
 
 from __future__ import annotations
 
@@ -116,3 +116,20 @@ def show(model: Annotated[str, typer.Argument(help="Name, LINE@ALIAS, or a train
         print_json(content)
         return
     print_fields(content)
+
+
+@app.command()
+def champion(model: Annotated[str, typer.Argument(help="Name of a model, LINE@ALIAS, or a train.")]) -> None:
+    """Make a model the champion of its line: the one that a retraining must beat."""
+    found = find(model)
+    if found.stage == "base":
+        raise UserError("a base model is of no line", field="model", value=model, expected="a model that was made here")
+    from flows.cli_trains import embedded
+
+    embedded()
+    from tasks.models import alias_holder, set_alias
+
+    before = alias_holder(found.line, "champion")
+    set_alias(found, "champion")
+    instead = f" instead of {before}" if before not in (None, found.name) else ""
+    print(f"{found.name} is the champion of {found.line}{instead}")

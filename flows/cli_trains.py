@@ -18,7 +18,7 @@ from flows.printing import print_fields, print_json, print_scores, print_table, 
 
 if TYPE_CHECKING:
     from configs.endpoints import Endpoint
-    from configs.records import ModelRecord, TrainRecord
+    from configs.records import ModelRecord, QueueName, TrainRecord
     from configs.resolve import ResolvedTrain
 
 LEAST_FREE = 64 * 2**20  # two fresh databases, with room for the records of some trains
@@ -99,6 +99,7 @@ def check_first(resolved: ResolvedTrain) -> None:
     from tasks.checking import check_train
 
     reports = check_train(resolved.config)
+    _check_alerts(resolved)
     rows = [
         (name, f"{report.rows_kept} of {report.rows_read}", report.shape, _here(getattr(resolved.config, name)))
         for name, report in reports.items()
@@ -109,13 +110,32 @@ def check_first(resolved: ResolvedTrain) -> None:
             print_warning(f"{_here(report.file)}: {count} rows: {kind.replace('_', ' ')}")
 
 
-def start(resolved: ResolvedTrain) -> TrainRecord:
+def _check_alerts(resolved: ResolvedTrain) -> None:
+    """Refuse a channel that there is not, and say what it means that no server stands by."""
+    if not resolved.config.alerts:
+        return
+    embedded()
+    from deployments.alerts import check_subscriptions, server_sends
+    from deployments.guard import start_embedded_server
+
+    start_embedded_server()
+    check_subscriptions(resolved.config.alerts)
+    if not server_sends():
+        print_warning(
+            "no Prefect server stands by: this process sends the alerts, and if it is killed they are sent when the "
+            "next train begins; with `tuneline up` the server sends them"
+        )
+
+
+def start(resolved: ResolvedTrain, queue: QueueName = "default") -> TrainRecord:
     """Check a train, run it through to where it is to go, with a live line, and print what came out."""
     from configs.train import effective_through
 
     check_first(resolved)
     embedded()
-    _run_flow(effective_through(resolved.config), {"train": resolved.config, "origins": resolved.origins})
+    _run_flow(
+        effective_through(resolved.config), {"train": resolved.config, "origins": resolved.origins, "queue": queue}
+    )
     from tasks.trains import load_train
 
     record = load_train(resolved.config.name)
@@ -123,8 +143,27 @@ def start(resolved: ResolvedTrain) -> TrainRecord:
     return record
 
 
+def tell_interrupted() -> None:
+    """Close the trains whose processes are gone, and say how they go on."""
+    from tasks.trains import list_trains
+
+    if not any(record.status == "running" for record in list_trains()):
+        return
+    embedded()
+    from tasks.lifecycle import settle
+
+    for record in settle():
+        again = f"`tuneline trains resume {record.id}` goes on from its newest checkpoint"
+        print(f"{record.id} is {record.status}, {record.reason}; {again}")
+
+
 def _run_flow(through: str, arguments: dict[str, Any]) -> ModelRecord | Endpoint:
+    from prefect import tags
+
+    from deployments.automations import train_tag
+    from deployments.flow_deployments import TAG
     from deployments.guard import start_embedded_server
+    from deployments.work_pools import WORK_POOL
     from flows.complete import complete
     from flows.customized import customized
     from flows.deployed import deployed
@@ -133,7 +172,9 @@ def _run_flow(through: str, arguments: dict[str, Any]) -> ModelRecord | Endpoint
     start_embedded_server()
     TerminalLine.on = True
     flows: dict[str, Callable[..., Any]] = {"customized": customized, "complete": complete, "deployed": deployed}
-    result: ModelRecord | Endpoint = flows[through](**arguments)
+    # Watched by the shipped automations like a run of the page, where a server stands.
+    with tags(TAG, train_tag(WORK_POOL)):
+        result: ModelRecord | Endpoint = flows[through](**arguments)
     return result
 
 
@@ -174,7 +215,7 @@ def list_(json_: Json = False) -> None:
     rows = [
         (
             record.id,
-            current_status(record),
+            _status_shown(record),
             record.config.method,
             record.base or record.config.base_model,
             record.dataset or record.config.dataset,
@@ -186,6 +227,13 @@ def list_(json_: Json = False) -> None:
     ]
     columns = ("Train", "Status", "Method", "Base model", "Dataset", "Loss", "Accuracy %", "Created")
     print_table(columns, rows, "no trains yet; `tuneline train FILE` starts one")
+
+
+def _status_shown(record: TrainRecord) -> str:
+    from tasks.trains import current_status
+
+    status = current_status(record)
+    return record.waiting if status == "running" and record.waiting else status
 
 
 @app.command()
@@ -204,6 +252,8 @@ def show(train: Train, json_: Json = False) -> None:
         return
     show_configuration(ResolvedTrain(config=record.config, origins=record.origins))
     show_outcome(record.model_copy(update={"status": status}))
+    if status == "running" and record.waiting:
+        print(record.waiting)
     if record.reason:
         print(f"reason: {record.reason}")
 
@@ -296,9 +346,11 @@ def compare(
 
     if len(trains) < 2:
         raise UserError("comparing needs at least two trains", field="TRAIN", value=trains)
-    comparison = compare_trains([load_train(train) for train in trains])
+    records = [load_train(train) for train in trains]
+    comparison = compare_trains(records)
+    page = _compare_page([record.run_id for record in records])
     if json_:
-        print_json(comparison.model_dump(mode="json"))
+        print_json({**comparison.model_dump(mode="json"), "mlflow": page})
         return
     columns = ("", *comparison.trains)
     differing = [(name, *values) for name, values in comparison.parameters.items()]
@@ -306,3 +358,23 @@ def compare(
     figures = [(name, *values) for name, values in comparison.figures.items()]
     print()
     print_table(columns, figures, "no figures yet", title="Outcome")
+    if page is not None:
+        print(f"\nIn MLflow, with the curves: {page}")
+
+
+def _compare_page(run_ids: list[str]) -> str | None:
+    """The address of MLflow's page, if its server runs; telling the figures needs none."""
+    from deployments.services import addresses
+
+    if addresses(load_settings()).mlflow is None and not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        return None
+    embedded()
+    from mlflow.exceptions import MlflowException
+
+    from tasks.tracking import compare_page
+
+    try:
+        return compare_page(run_ids)
+    except MlflowException as error:
+        print_warning(f"MLflow does not tell where these trains are: {str(error)[:300]}")
+        return None

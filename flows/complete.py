@@ -8,7 +8,7 @@ from __future__ import annotations
 from prefect import flow
 
 from configs.errors import UserError
-from configs.records import ModelRecord, TrainRecord
+from configs.records import ModelRecord, QueueName, TrainRecord
 from configs.train import TrainConfig
 from flows.customized import train_from_base
 from tasks import lifecycle
@@ -21,12 +21,13 @@ def train_to_complete(record: TrainRecord) -> ModelRecord:
     return model if trained.adapter else lifecycle.evaluate_tuned(record, model)
 
 
-@flow(name="complete", on_failure=[lifecycle.show_cancelled])
+@flow(name="complete", on_failure=[lifecycle.show_cancelled], on_cancellation=[lifecycle.record_cancelled])
 def complete(
     train: TrainConfig | None = None,
     origins: dict[str, str] | None = None,
     resume: str | None = None,
     model: str | None = None,
+    queue: QueueName | None = None,
 ) -> ModelRecord:
     """Make a complete model from a train, or from the customized `model`; returns it."""
     if model is not None:
@@ -34,7 +35,7 @@ def complete(
         if found.stage != "customized":
             raise UserError("only a customized model can be saved", field="model", value=f"{model} ({found.stage})")
         return lifecycle.save_complete(found)
-    record = lifecycle.open_train(train, origins, resume, "complete")
+    record = lifecycle.open_train(train, origins, resume, "complete", queue=queue)
     with lifecycle.closing(record.id):
         return train_to_complete(record)
 

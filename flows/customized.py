@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from configs.records import ModelRecord, TrainRecord
+from configs.records import ModelRecord, QueueName, TrainRecord
 from configs.train import TrainConfig
 from tasks import lifecycle
 
@@ -16,6 +16,7 @@ def train_from_base(record: TrainRecord) -> ModelRecord:
     """Train and register; full-parameter training gives weights that are still to be saved."""
     record = lifecycle.fetch_base(record)
     record = lifecycle.prepare_datasets(record)
+    record = lifecycle.take_gpus(record)
     record = lifecycle.evaluate_base(record)
     record = lifecycle.train_model(record)
     if record.config.hyperparameters.tuning == "full":
@@ -24,12 +25,15 @@ def train_from_base(record: TrainRecord) -> ModelRecord:
     return lifecycle.evaluate_tuned(record, model)
 
 
-@flow(name="customized", on_failure=[lifecycle.show_cancelled])
+@flow(name="customized", on_failure=[lifecycle.show_cancelled], on_cancellation=[lifecycle.record_cancelled])
 def customized(
-    train: TrainConfig | None = None, origins: dict[str, str] | None = None, resume: str | None = None
+    train: TrainConfig | None = None,
+    origins: dict[str, str] | None = None,
+    resume: str | None = None,
+    queue: QueueName | None = None,
 ) -> ModelRecord:
     """Train an adapter from its configuration, or take up the train `resume`; returns the customized model."""
-    record = lifecycle.open_train(train, origins, resume, "customized")
+    record = lifecycle.open_train(train, origins, resume, "customized", queue=queue)
     with lifecycle.closing(record.id):
         return train_from_base(record)
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 from prefect import flow
 
 from configs.endpoints import Endpoint
-from configs.records import ModelRecord
+from configs.records import QueueName, ServedAs, TrainRecord
 from configs.train import TrainConfig
 from flows.complete import train_to_complete
 from tasks import lifecycle
 
 
-@flow(name="deployed", on_failure=[lifecycle.show_cancelled])
+def train_to_deployed(record: TrainRecord) -> Endpoint:
+    """Train, save as a complete model, and serve it as the record says."""
+    made = train_to_complete(record)
+    lifecycle.release_gpus(record)
+    how = record.served_as
+    endpoint = how.endpoint or record.config.endpoint
+    return lifecycle.deploy_model(made, endpoint, how.target, how.quantization, how.port)
+
+
+@flow(name="deployed", on_failure=[lifecycle.show_cancelled], on_cancellation=[lifecycle.record_cancelled])
 def deployed(
     train: TrainConfig | None = None,
     origins: dict[str, str] | None = None,
@@ -24,14 +33,15 @@ def deployed(
     target: str = "transformers",
     quantization: str | None = None,
     port: int | None = None,
+    queue: QueueName | None = None,
 ) -> Endpoint:
     """Serve `model`, or the complete model of a train, at an endpoint; returns the endpoint."""
     if model is not None:
         return lifecycle.deploy_model(lifecycle.find_model(model), endpoint, target, quantization, port)
-    record = lifecycle.open_train(train, origins, resume, "deployed", endpoint)
+    served_as = ServedAs(endpoint=endpoint, target=target, quantization=quantization, port=port)
+    record = lifecycle.open_train(train, origins, resume, "deployed", endpoint, queue, served_as)
     with lifecycle.closing(record.id):
-        made: ModelRecord = train_to_complete(record)
-        return lifecycle.deploy_model(made, endpoint or record.config.endpoint, target, quantization, port)
+        return train_to_deployed(record)
 
 
 if __name__ == "__main__":

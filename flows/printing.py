@@ -8,18 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from configs.scoring import SCORE_TITLES
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCORE_TITLES = {
-    "accuracy": "Exact accuracy",
-    "f1": "F1",
-    "rouge_1": "ROUGE-1",
-    "rouge_2": "ROUGE-2",
-    "rouge_l": "ROUGE-L",
-    "bleu_4": "BLEU-4",
-    "hit_limit": "Cut at the limit",
-}
 _GAP = 2
 _SHORT = 20
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from prefect import flow
+from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
 from configs.base_models import BaseModelEntry
 from configs.datasets import Columns, RequestedShape
 from configs.endpoints import Endpoint
 from configs.errors import UserError
-from configs.settings import load_settings
-from tasks import base_models, datasets, deploying
+from configs.settings import Settings, load_settings
+from deployments.flow_deployments import DeploymentChange, deploy_flows
+from deployments.service_records import recorded_pools
+from deployments.services import connect
+from deployments.work_pools import WORK_POOL
+from tasks import base_models, datasets, deploying, training_methods
 
 
 @flow(name="undeploy")
@@ -61,6 +67,42 @@ def register_base_model(
         license=license,
     )
     return base_models.register_base_model(entry, load_settings())
+
+
+@flow(name="add-method")
+def add_method(folder: str) -> str:
+    """Copy a training method into the installation and make its deployments; returns its name."""
+    method = training_methods.add_method(_absolute(folder, "folder"), load_settings())
+    _match_own_pool()
+    return method.name
+
+
+@flow(name="delete-method")
+def delete_method(name: str) -> None:
+    """Delete a training method that was added, and its deployments; past trains stay."""
+    training_methods.delete_method(name, load_settings())
+    _match_own_pool()
+
+
+def _match_own_pool() -> None:
+    context = FlowRunContext.get()
+    pool = context.flow_run.work_pool_name if context is not None and context.flow_run is not None else None
+    for change in match_deployments(load_settings(), {pool} if pool else set()):
+        get_run_logger().info("%s: %s", change.deployment, change.change)
+
+
+def match_deployments(settings: Settings, pools: set[str]) -> list[DeploymentChange]:
+    """Make the deployments of `pools`, and of the pools of this host's workers, match the methods there are now.
+
+    Returns what was changed; nothing if no server runs, as the next `up` does it.
+    """
+    connect(settings)
+    address = os.environ.get("PREFECT_API_URL")
+    if address is None:
+        return []
+    named = pools | set(recorded_pools(settings)) or {WORK_POOL}
+    changes = [change for pool in sorted(named) for change in deploy_flows(settings, address, pool)]
+    return [change for change in changes if change.change != "unchanged"]
 
 
 def _absolute(text: str, field: str) -> Path:

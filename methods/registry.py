@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from configs.endpoints import Target
+from configs.environments import ENVIRONMENT_NAME
+from configs.environments import RECORD as ENVIRONMENT_RECORD
 from configs.errors import UserError
+from configs.settings import Settings, load_settings
 
 METHODS_FOLDER = Path(__file__).resolve().parent
 HOST_ENVIRONMENT = "host"
@@ -26,7 +32,8 @@ class StageFile(BaseModel):
 
     file: str = Field(description="Python file, relative to the method's folder.")
     environment: str = Field(
-        description="`host` (the environment Tuneline runs in) or the folder of an environment with bin/python."
+        description="`host` (the environment Tuneline runs in), the name of one made from the method's "
+        "environment.yml, or the folder of an environment with bin/python, absolute or inside the method's (./env)."
     )
 
 
@@ -50,7 +57,7 @@ class Method(BaseModel):
     types: list[Literal["chat", "embedding", "vision-language", "image-generation"]] = Field(min_length=1)
     lifecycle: list[Literal["customized", "complete", "deployed"]] = Field(min_length=1)
     stages: dict[StageName, StageFile]
-    deployment_targets: list[Literal["transformers"]] = Field(default_factory=list)
+    deployment_targets: list[Target] = Field(default_factory=list)
     hardware: Hardware = Field(default_factory=Hardware)
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="JSON schema of the parameters only this method has, by name."
@@ -64,6 +71,8 @@ class Method(BaseModel):
                 raise ValueError(f"lifecycle {step} needs the stage {stage}")
         if "deployed" in self.lifecycle and not self.deployment_targets:
             raise ValueError("lifecycle deployed needs deployment_targets")
+        if "custom" in self.deployment_targets and "deploying" not in self.stages:
+            raise ValueError("the deployment target custom needs the stage deploying")
         return self
 
     def stage_file(self, stage: StageName) -> Path:
@@ -83,21 +92,52 @@ class Method(BaseModel):
         environment = self.stages[stage].environment
         if environment == HOST_ENVIRONMENT:
             return Path(sys.executable)
-        python = Path(environment).expanduser() / "bin" / "python"
+        python = self._prefix(stage, environment) / "bin" / "python"
         if not python.exists():
             raise UserError(
                 f"the environment of stage {stage} has no interpreter",
                 file=self.folder / "method.yaml",
                 field=f"stages.{stage}.environment",
                 value=environment,
-                expected="`host` or the folder of an environment with bin/python",
+                expected="`host`, the name of an environment, or the folder of one with bin/python",
             )
         return python
 
+    def _prefix(self, stage: StageName, environment: str) -> Path:
+        """The folder of an environment of ours, by its name, or of any other one."""
+        if re.fullmatch(ENVIRONMENT_NAME, environment):
+            link = load_settings().environments / environment
+            if not (link / ENVIRONMENT_RECORD).is_file():
+                raise UserError(
+                    f"the environment of stage {stage} was not made yet",
+                    file=self.folder / "method.yaml",
+                    field=f"stages.{stage}.environment",
+                    value=environment,
+                    mend=f"tuneline envs create {self.name}",
+                )
+            return link.resolve()  # the one there is now, although the link may turn to a newer one
+        folder = Path(environment).expanduser()
+        if folder.is_absolute():
+            return folder
+        inside = Path(os.path.normpath(self.folder / folder))
+        if not inside.is_relative_to(self.folder):
+            raise UserError(
+                "this folder is not inside the method's",
+                file=self.folder / "method.yaml",
+                field=f"stages.{stage}.environment",
+                value=environment,
+                expected="a folder of the method's, or an absolute path",
+            )
+        return inside
 
-def load_methods() -> dict[str, Method]:
-    """All methods by name. Raises UserError naming the manifest and the field that is wrong."""
-    manifests = sorted(METHODS_FOLDER.glob("*/method.yaml"))
+
+def load_methods(settings: Settings | None = None) -> dict[str, Method]:
+    """All methods by name: the built-in ones, and those that were added to this installation.
+
+    Raises UserError naming the manifest and the field that is wrong.
+    """
+    added = (settings or load_settings()).methods
+    manifests = [*sorted(METHODS_FOLDER.glob("*/method.yaml")), *sorted(added.glob("[!.]*/method.yaml"))]
     return {method.name: method for method in map(read_manifest, manifests)}
 
 

@@ -11,17 +11,19 @@ from configs.train import TrainConfig, path_of
 from methods.registry import Method, find_method
 from tasks.base_models import require_safetensors
 from tasks.datasets import check_reference
+from tasks.gpus import wanted_gpus
 from tasks.models import own_base
 
 _DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
 
 
 def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
-    """Check method, base model and every row of the datasets; returns the reports by field.
+    """Check method, GPUs, base model and every row of the datasets; returns the reports by field.
 
     Nothing is stored and nothing is fetched. Raises UserError for the first fault.
     """
     _check_method(find_method(config.method), config)
+    wanted_gpus(config)
     _check_base(config.base_model)
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
     given = {name: getattr(config, name) for name in _DATASETS if getattr(config, name) is not None}
@@ -51,6 +53,9 @@ def _check_method(method: Method, config: TrainConfig) -> None:
             value=config.through,
             expected=f"one of {', '.join(method.lifecycle)}",
         )
+    method.stage_python("training")
+    if "complete" in path_of(config):
+        method.stage_python("saving")
     for name in config.method_params:
         if name not in method.parameters:
             raise _unknown_parameter(method, name)

@@ -29,6 +29,7 @@ from configs.datasets import (
 )
 from configs.errors import UserError
 from configs.settings import load_settings
+from tasks import events
 from tasks.dataset_reading import FileLayout, inspect_file, shown
 from tasks.dataset_shapes import Row, RowLayout, choose_layout, convert_rows
 
@@ -73,7 +74,8 @@ def add_dataset(
 
     The same rows under the same name are one version: adding them again returns it. Raises UserError, leaving
     nothing behind, for what `check_dataset` raises, for any refused row unless `allow_refused`, for no kept
-    row, for a file that could not be read to its end, and for a full disk.
+    row, for a file that could not be read to its end, and for a full disk. The Prefect server, if one stands, is told
+    of a new version.
     """
     path = Path(path)
     name = _default_name(path) if name is None else _checked_name(name)
@@ -89,7 +91,12 @@ def add_dataset(
         report = tally.report()
         _require_usable(report, allow_refused)
         _write_records(folder, name, digest.hexdigest(), path, report)
-        return _publish(folder, store / name / digest.hexdigest())
+        new = not (store / name / digest.hexdigest()).exists()
+        version = _publish(folder, store / name / digest.hexdigest())
+    if new:
+        labels = {"version": version.reference, "rows": str(version.rows)}
+        events.emit(events.DATASET_ADDED, "dataset", version.name, labels)
+    return version
 
 
 def list_datasets() -> list[DatasetVersion]:

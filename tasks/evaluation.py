@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from configs.datasets import DatasetVersion
+from configs.endpoints import Endpoint
+from configs.errors import UserError
 from configs.records import ModelRecord, TrainStatus
 from configs.scoring import Scores
-from tasks import tracking
-from tasks.inference import Generation, answer_prompts
+from tasks import models, tracking
+from tasks.asking import ask_endpoint
+from tasks.inference import Answer, Generation, Message, answer_prompts
 from tasks.models import logged_model_id
 from tasks.scoring import score_rows, summarise
 
@@ -53,6 +56,12 @@ def evaluate(
     """
     conversations = read_conversations(version.path, samples)
     answers = answer_prompts(model, [messages[:-1] for messages in conversations], generation, on_events)
+    return _scored(model.name, version, conversations, answers)
+
+
+def _scored(
+    model: str, version: DatasetVersion, conversations: Sequence[list[Message]], answers: Sequence[Answer]
+) -> Evaluation:
     references = [messages[-1]["content"] for messages in conversations]
     rows = list(score_rows(zip((answer.answer for answer in answers), references, strict=True)))
     predictions = [
@@ -66,7 +75,7 @@ def evaluate(
         for messages, answer, row in zip(conversations, answers, rows, strict=True)
     ]
     return Evaluation(
-        model=model.name,
+        model=model,
         dataset=version.reference,
         scores=summarise(rows),
         rows=len(rows),
@@ -98,6 +107,51 @@ def evaluate_and_record(
         tracking.log_parameters(run_id, {"model": model.name, "dataset": version.reference, **generation.model_dump()})
         tracking.log_dataset(run_id, version, "evaluation")
         keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base", logged_model_id(model))
+        status = "completed"
+    finally:
+        tracking.end_run(run_id, status)
+    return outcome
+
+
+def evaluate_endpoint(
+    endpoint: Endpoint,
+    version: DatasetVersion,
+    generation: Generation,
+    samples: int = -1,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> Evaluation:
+    """Score what is deployed at an endpoint by asking it, as its users do; recorded below the model's own run.
+
+    Raises UserError if nothing is deployed there or if it does not answer.
+    """
+    deployment = endpoint.current_deployment
+    if deployment is None:
+        raise UserError(f"nothing is deployed at the endpoint '{endpoint.name}'", field="endpoint")
+    model = models.find_model(deployment.model_name)
+    conversations = read_conversations(version.path, samples)
+    answers = ask_endpoint(endpoint, [messages[:-1] for messages in conversations], generation, on_events)
+    outcome = _scored(deployment.model, version, conversations, answers)
+    tags = {
+        "tuneline.model": model.name,
+        "tuneline.deployed_model": deployment.model,
+        "tuneline.endpoint": endpoint.name,
+        "tuneline.dataset": version.reference,
+        **({"mlflow.parentRunId": model.run_id} if model.run_id else {}),
+    }
+    run_id = tracking.start_run(f"{deployment.model} on {version.name}", "evaluation", tags)
+    status: TrainStatus = "failed"
+    try:
+        parameters = {
+            "model": deployment.model,
+            "target": deployment.target,
+            "quantization": deployment.quantization or "none",
+            "dataset": version.reference,
+            "max_new_tokens": generation.max_new_tokens,
+            "temperature": generation.temperature,
+        }
+        tracking.log_parameters(run_id, parameters)
+        tracking.log_dataset(run_id, version, "evaluation")
+        keep_evaluation(run_id, outcome, "deployed")
         status = "completed"
     finally:
         tracking.end_run(run_id, status)

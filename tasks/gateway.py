@@ -95,7 +95,8 @@ def with_deployed_model(endpoint: Endpoint, content: bytes) -> bytes | JSONRespo
         return openai_error(400, message, code="missing_model")
     if not answers_to(endpoint, body["model"]):
         return unknown_model(endpoint, body["model"])
-    return json.dumps(body | {"model": endpoint.current}).encode()
+    deployment = endpoint.current_deployment
+    return json.dumps(body | {"model": deployment.backend_model if deployment else endpoint.current}).encode()
 
 
 def unknown_model(endpoint: Endpoint, name: object) -> JSONResponse:
@@ -177,7 +178,8 @@ class Proxy:
     async def _pass_through(self, request: Request, deployment: Deployment, body: bytes) -> Response:
         from starlette.responses import StreamingResponse
 
-        url = f"http://127.0.0.1:{deployment.port}{request.url.path}"
+        path = deployment.health_path if request.url.path == "/health" else request.url.path
+        url = f"{deployment.backend}{path}"
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _NOT_FORWARDED]
         outgoing = self._client.build_request(
             request.method, url, params=request.query_params, headers=headers, content=body

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from configs.records import ModelRecord
 from configs.settings import load_settings
 from methods.registry import StageName, find_method
+from tasks.gpus import borrowing_slot
 from tasks.stages import StageJob, run_stage
 
 Message = dict[str, str]
@@ -68,7 +69,8 @@ def answer_prompts(
             seed=generation.seed,
         )
         python, file = method.stage_python(stage), method.stage_file(stage)
-        run_stage(work, job, python, file, settings.grace_seconds, on_events)
+        with borrowing_slot(work.name, on_events):
+            run_stage(work, job, python, file, settings.grace_seconds, on_events)
         predictions = (work / "output" / "predictions.jsonl").read_text(encoding="utf-8")
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -145,6 +145,20 @@ def set_alias(record: ModelRecord, alias: str) -> None:
     mlflow_client().set_registered_model_alias(record.line, alias, version)
 
 
+def alias_holder(line: str, alias: str) -> str | None:
+    """Name of the model that has the alias in a line; None if the line is not there or no model has it."""
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client()
+    try:
+        version = client.get_registered_model(line).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return None if version is None else str(client.get_model_version(line, version).tags["tuneline.model"])
+
+
 def clear_alias(line: str, alias: str) -> None:
     """Take an alias away from a line; nothing happens if it has none."""
     mlflow_client().delete_registered_model_alias(line, alias)

@@ -23,14 +23,14 @@ def curves_of(events: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]
     return {name: sorted(points.items()) for name, points in found.items()}
 
 
-def draw_curves(events: list[dict[str, Any]], path: Path, title: str) -> bool:
+def draw_curves(events: list[dict[str, Any]], path: Path, title: str, dpi: int = 110) -> bool:
     """Draw the curves of a train as a PNG; False, and no file, if there is no point yet."""
     curves = curves_of(events)
     if not curves.get("loss"):
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11, 6.5), layout="constrained", dpi=dpi)
     figure.suptitle(title)
     for axes, (label, names) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         for name in names:

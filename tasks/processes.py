@@ -6,6 +6,11 @@ import sys
 
 import psutil
 
+# Set for the supervisor of a stage, which everything of that stage inherits.
+STAGE_FOLDER_VARIABLE = "STAGE_JOB_FOLDER"
+# Set for the servers of an endpoint: they are to outlive the flow run that has started them.
+OUTLIVES_VARIABLE = "TUNELINE_OUTLIVES"
+
 
 def process_start(process: psutil.Process) -> float:
     """Seconds that tell a process from a later one with the same id. Raises psutil.NoSuchProcess.

@@ -69,12 +69,29 @@ class StageProgress:
         if events:
             self._show()
 
+    def wait(self, text: str) -> None:
+        """Say what is waited for before a stage can run."""
+        self.logger.info("%s", text)
+        if self.line is not None and self.line.live:
+            self.line.bar.update(self.line.task, note=text)
+        elif self.line is not None:
+            self.line.console.print(f"  {text}", highlight=False)
+        if self.artifact is not None:
+            self.artifact.update(0.0, text)
+
+    def wait_over(self, text: str) -> None:
+        """Say how the waiting has ended, if there was any."""
+        self.logger.info("%s", text)
+        if self.artifact is not None and self.artifact.id is not None:
+            self.artifact.update(100.0, text)
+
     def finish(self) -> None:
         """Show the end of a stage that has ended well: the last steps may have come in its pause."""
         if not self.total:
             return
         if self.line is not None:
             self.line.show(self.total, self.total, self.note())
+        self.logger.info("%s: %s, done", self.title, self.note())
         if self.artifact is not None:
             self.artifact.update(100.0, self.note())
 

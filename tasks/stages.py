@@ -20,11 +20,13 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
 from methods import contract, supervisor
+from tasks import cancelling
+from tasks.gpus import slot_descriptors, stage_variables
+from tasks.processes import STAGE_FOLDER_VARIABLE
 
 EventHandler = Callable[[list[dict[str, Any]]], None]
 
 _POLL_SECONDS = 0.25
-_FOLDER_VARIABLE = "STAGE_JOB_FOLDER"
 _KEPT_FROM_STAGES = ("PREFECT_", "MLFLOW_", "TUNELINE_")
 
 
@@ -96,6 +98,7 @@ def run_stage(
     does not stop the stage. Raises UserError for what the stage refused or if the folder is in use, StageCancelled,
     StageFailed.
     """
+    raise_if_asked()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
         _end_orphans(folder)  # of an attempt whose runner and supervisor were killed together
@@ -107,14 +110,22 @@ def run_stage(
                 while process.poll() is None:
                     time.sleep(_POLL_SECONDS)
                     _tell(on_events, tail.read())
+                    raise_if_asked()
             except BaseException:
                 # Cancelled from outside (Ctrl-C, Prefect, a timeout): the stage gets its grace to save a checkpoint.
+                cancelling.note_stopping()
                 process.send_signal(signal.SIGTERM)
                 process.wait(grace_seconds + 10)
                 _tell(on_events, tail.read())
                 raise
             _tell(on_events, tail.read())
         return _result(folder, process.returncode)
+
+
+def raise_if_asked() -> None:
+    """End here if the train that this process runs was asked to stop. Raises StageCancelled."""
+    if cancelling.is_asked():
+        raise StageCancelled
 
 
 def prepare_folder(folder: Path, job: StageJob) -> None:
@@ -172,22 +183,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     return event
 
 
-def signal_running(folder: Path) -> bool:
-    """Ask the stage that runs in `folder` to stop; False if none runs."""
-    import psutil
-
-    try:
-        content = json.loads((folder / supervisor.PROCESS_FILE).read_text())
-        process = psutil.Process(content["supervisor"])
-        # A process id is reused: only one that is older than the record is the supervisor we mean.
-        if process.create_time() > content["started"] + 1:
-            return False
-        process.terminate()
-    except (FileNotFoundError, psutil.NoSuchProcess):
-        return False
-    return True
-
-
 def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a stage: ours without the servers' settings, which may hold credentials."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT_FROM_STAGES)}
@@ -218,8 +213,8 @@ def _lifeline(folder: Path, python: Path, file: Path, grace: float, lock: int) -
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            env=stage_environment({_FOLDER_VARIABLE: str(folder)}),
-            pass_fds=[lock],
+            env=stage_environment({STAGE_FOLDER_VARIABLE: str(folder), **stage_variables()}),
+            pass_fds=[lock, *slot_descriptors()],
         )
     try:
         yield process
@@ -238,7 +233,7 @@ def _end_orphans(folder: Path) -> None:
     for process in psutil.process_iter():
         # Known by the environment it inherited: process ids are reused. Others' environments cannot be read.
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(_FOLDER_VARIABLE) == str(folder):
+            if process.environ().get(STAGE_FOLDER_VARIABLE) == str(folder):
                 process.kill()
 
 

@@ -7,24 +7,25 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from configs.records import TrainRecord, TrainStatus
 from configs.resolve import ResolvedTrain, describe, effective
 from configs.settings import PROJECT_ROOT, Settings, load_settings
 from configs.train import TrainConfig
-from deployments.services import mlflow_artifact_location
+from deployments.databases import EXPERIMENT, PROXIED_ARTIFACTS, mlflow_artifact_location
 from methods import contract
+from tasks import runs_view
 from tasks.files import write_text
 from tasks.stages import EventTail
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-EXPERIMENT = "tuneline"
 _PARAMETER_LIMIT = 6000
 _BATCH = 900  # MLflow takes 1000 metrics in one request
 
@@ -33,10 +34,28 @@ def mlflow_client() -> MlflowClient:
     """A client of the tracking store that the environment names."""
     import logging
 
+    import mlflow
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    if not mlflow.get_tracking_uri().startswith("http"):
+        _read_shared_artifacts_from_disk()
     return MlflowClient()
+
+
+def _read_shared_artifacts_from_disk() -> None:
+    """Let a client on the database itself find the files that a server for several hosts has kept.
+
+    Their address names no server and no folder; without a server MLflow does not know what to make of it.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def on_disk(artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None) -> Any:
+        folder = load_settings().mlflow_artifacts.as_uri()
+        return LocalArtifactRepository(f"{folder}/{artifact_uri.removeprefix(PROXIED_ARTIFACTS)}")
+
+    _artifact_repository_registry.register("mlflow-artifacts", on_disk)
 
 
 def experiment_id(settings: Settings) -> str:
@@ -49,12 +68,14 @@ def experiment_id(settings: Settings) -> str:
         try:
             location = mlflow_artifact_location(settings)
             # Without its kind the page guesses, and shows trains as evaluations of a chat application.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=kind))
+            tags = {"mlflow.experimentKind": "custom_model_development", runs_view.TAG: runs_view.view_tag()}
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
         except MlflowException:  # made by another process in between
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
+    if runs_view.TAG not in found.tags:  # made by an earlier version; one that somebody has changed is theirs
+        client.set_experiment_tag(found.experiment_id, runs_view.TAG, runs_view.view_tag())
     return str(found.experiment_id)
 
 
@@ -180,6 +201,31 @@ def run_page(run_id: str) -> str | None:
         return None
     experiment = mlflow_client().get_run(run_id).info.experiment_id
     return f"{server.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def trains_page() -> str | None:
+    """The address of the table of all trains, with the columns one compares by; None without an MLflow server."""
+    import mlflow
+
+    server = mlflow.get_tracking_uri()
+    if not server.startswith("http"):
+        return None
+    return (
+        f"{server.rstrip('/')}/#/experiments/{experiment_id(load_settings())}/runs?viewStateShareKey={runs_view.VIEW}"
+    )
+
+
+def compare_page(run_ids: Sequence[str]) -> str | None:
+    """The address of the page that sets runs side by side; None without an MLflow server."""
+    import mlflow
+
+    server = mlflow.get_tracking_uri()
+    if not server.startswith("http"):
+        return None
+    client = mlflow_client()
+    experiments = list(dict.fromkeys(client.get_run(run_id).info.experiment_id for run_id in run_ids))
+    runs, of = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), experiments))
+    return f"{server.rstrip('/')}/#/compare-runs?runs={runs}&experiments={of}"
 
 
 def reopen_run(run_id: str) -> None:

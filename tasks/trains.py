@@ -8,6 +8,7 @@ import json
 import logging
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +22,16 @@ from configs.settings import Settings, load_settings
 from configs.train import TrainConfig
 from methods import contract
 from methods.registry import find_method
-from tasks import models, tracking
+from tasks import cancelling, models, tracking
 from tasks.datasets import find_dataset, resolve_dataset, write_split
+from tasks.environments import packages_of
 from tasks.evaluation import evaluate, keep_evaluation
 from tasks.files import read_record, write_record, write_text
+from tasks.gpus import Withdrawn, borrowing_slot, release_slots, take_slots, wanted_gpus, withdraw_ticket
 from tasks.inference import Generation
 from tasks.plots import draw_curves
-from tasks.stages import EventTail, StageJob, locked, run_stage, signal_running
+from tasks.stages import EventTail, StageCancelled, StageJob, locked, run_stage
+from tasks.train_report import as_html, keep_predictions, train_report
 
 RECORD_FILE = "train.json"
 _NOT_KEPT = "not_kept.txt"  # in a training folder: its files are not, or not all, with the MLflow run
@@ -97,6 +101,7 @@ def own_train(train_id: str) -> None:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _owned[train_id] = file
+            cancelling.note_owner(folder)
             return
         time.sleep(0.05)
     file.close()
@@ -109,19 +114,24 @@ def own_train(train_id: str) -> None:
 
 
 def let_go(train_id: str) -> None:
-    """Give up a train that this process owns."""
+    """Give up a train that this process owns, and the GPUs it holds for it."""
+    release_slots(train_id)
+    cancelling.forget_owner(train_folder(train_id))
     file = _owned.pop(train_id, None)
     if file is not None:
         file.close()
 
 
 def current_status(record: TrainRecord) -> TrainStatus:
-    """How the train stands now: a process that was killed could not say so in the record, and is `interrupted`."""
+    """How the train stands now: a process that was killed could not say so in the record, and is `interrupted`.
+
+    One that was killed while it was being stopped is `cancelled`.
+    """
     if record.status != "running" or record.id in _owned:
         return record.status
     lock = train_folder(record.id) / "lock"
     if not lock.exists():
-        return "interrupted"
+        return _ended(record)
     with lock.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -129,22 +139,31 @@ def current_status(record: TrainRecord) -> TrainStatus:
             return "running"
         # It may have ended, and said so, since the record was read.
         status = load_train(record.id).status
-    return "interrupted" if status == "running" else status
+    return _ended(record) if status == "running" else status
+
+
+def _ended(record: TrainRecord) -> TrainStatus:
+    return "cancelled" if cancelling.was_stopping(train_folder(record.id)) else "interrupted"
 
 
 def settle_trains() -> list[TrainRecord]:
     """Close the trains whose process was killed, and tell MLflow what it could not be told while it was away.
 
-    Returns the trains that were found interrupted.
+    Returns the trains that were found so.
     """
-    interrupted = []
+    settled = []
     for record in list_trains():
-        if current_status(record) == "interrupted" and record.status == "running":
-            own_train(record.id)
-            interrupted.append(close_train(record, "interrupted", "the process that ran it was ended"))
+        status = current_status(record)
+        if record.status == "running" and status in ("interrupted", "cancelled"):
+            try:
+                own_train(record.id)
+            except UserError:  # another process closes it, or takes it up, at this moment
+                continue
+            why = {"interrupted": "the process that ran it was ended", "cancelled": "killed while it was being stopped"}
+            settled.append(close_train(record, status, why[status]))
         elif record.status != "running" and _untold(record.id).exists():
             _tell_end(record)
-    return interrupted
+    return settled
 
 
 def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[str]) -> TrainRecord:
@@ -152,6 +171,8 @@ def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[s
     method = find_method(config.method)
     if "training" not in method.stages:
         raise UserError("this method does not train", field="method", value=method.name)
+    method.stage_python("training")
+    wanted_gpus(config)  # both refused here, not when everything is prepared
     created = now()
     train_id = f"{config.name}_{created:%Y%m%d}_{secrets.token_hex(2)}"
     run_id = tracking.start_run(
@@ -184,6 +205,7 @@ def reopen_train(record: TrainRecord) -> TrainRecord:
     """
     own_train(record.id)
     try:
+        cancelling.take_back(train_folder(record.id))
         _wait_for_stage(train_folder(record.id) / "training")
         tracking.reopen_run(record.run_id)
     except BaseException:
@@ -215,7 +237,14 @@ def note_flow_run(record: TrainRecord, flow_run_id: str | None, url: str | None)
         client.set_tag(record.run_id, "tuneline.prefect_url", url)
         note = f"{record.config.description}\n\n[Prefect flow run]({url})"
         client.set_tag(record.run_id, "mlflow.note.content", note.strip())
-    return update_train(record.id, flow_run_id=flow_run_id)
+    earlier = [each for each in (*record.earlier_flow_runs, record.flow_run_id) if each not in (None, flow_run_id)]
+    return update_train(record.id, flow_run_id=flow_run_id, earlier_flow_runs=earlier)
+
+
+def train_of_flow_run(flow_run_id: str) -> TrainRecord | None:
+    """The train that a Prefect flow run has begun or taken up, the newest one; None if it has none on this host."""
+    found = [record for record in list_trains() if flow_run_id in (record.flow_run_id, *record.earlier_flow_runs)]
+    return found[-1] if found else None
 
 
 def fetch_base(record: TrainRecord) -> TrainRecord:
@@ -254,6 +283,25 @@ def _resolve(config: TrainConfig, reference: str, columns: Columns) -> DatasetVe
     return resolve_dataset(
         reference, columns=columns, shape=config.dataset_shape, allow_refused=config.allow_refused_rows
     )
+
+
+def take_gpus(record: TrainRecord, on_wait: Callable[[str], None]) -> TrainRecord:
+    """Hold the GPUs the train asks for, until `let_go` or `release_slots`; waits for its turn, and the record says so.
+
+    Raises StageCancelled if the train is cancelled while it waits, UserError if the host has fewer GPUs.
+    """
+
+    def tell(text: str) -> None:
+        update_train(record.id, waiting=text)
+        on_wait(text)
+
+    try:
+        devices = take_slots(record.id, wanted_gpus(record.config), record.queue, tell)
+    except Withdrawn as withdrawn:
+        raise StageCancelled from withdrawn
+    finally:
+        record = update_train(record.id, waiting=None)
+    return update_train(record.id, gpus=devices)
 
 
 def training_rows(record: TrainRecord) -> tuple[Path, Path | None]:
@@ -352,7 +400,8 @@ def keep_files(record: TrainRecord) -> None:
     reported = [Path(event["path"]) for event in events if event["type"] == "artifact"]
     inside = {path for path in reported if folder.resolve() in path.resolve().parents}
     lock = folder / "environment.txt"
-    write_text(lock, environment_lock())
+    with contextlib.suppress(UserError):  # the method or its environment is gone since: what was written then stays
+        write_text(lock, environment_lock(find_method(record.config.method).stage_python("training")))
     try:
         tracking.log_files(record.run_id, [folder / contract.LOG_FILE, picture, lock, *sorted(inside)], "training")
     except Exception as error:  # the tracking store is away: the files stay where they are until it can be told
@@ -361,10 +410,12 @@ def keep_files(record: TrainRecord) -> None:
     (folder / _NOT_KEPT).unlink(missing_ok=True)
 
 
-def environment_lock() -> str:
-    """Every installed distribution with its version, one a line."""
+def environment_lock(python: Path = Path(sys.executable)) -> str:
+    """Every installed distribution of an interpreter with its version, one a line. Raises UserError."""
     from importlib.metadata import distributions
 
+    if python != Path(sys.executable):
+        return "".join(f"{name}=={version}\n" for name, version in sorted(packages_of(python).items()))
     found = {f"{item.metadata['Name']}=={item.version}" for item in distributions() if item.metadata["Name"]}
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
@@ -427,7 +478,8 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
         seed=0,
     )
     python, file = method.stage_python("saving"), method.stage_file("saving")
-    result = run_stage(folder, job, python, file, settings.grace_seconds, on_events)
+    with borrowing_slot(f"save {model.name}", on_events):
+        result = run_stage(folder, job, python, file, settings.grace_seconds, on_events)
     complete = model.model_copy(
         update={
             "name": name,
@@ -469,6 +521,7 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
     generation = Generation(max_new_tokens=record.config.max_new_tokens)
     outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events)
     keep_evaluation(record.run_id, outcome, which, models.logged_model_id(registered) if registered else None)
+    keep_predictions(train_folder(record.id), which, outcome.predictions)
     if registered is not None:
         models.note_evaluation(registered, outcome.figures)
     scores = {**record.evaluation, which: outcome.figures}
@@ -511,6 +564,8 @@ def _tell_end(record: TrainRecord) -> None:
             keep_files(record)
         if record.reason:
             tracking.mlflow_client().set_tag(record.run_id, "tuneline.reason", record.reason[:5000])
+        page = as_html(report(record), record.id)
+        tracking.mlflow_client().log_text(record.run_id, page, "report.html")
         tracking.end_run(record.run_id, record.status)
     except Exception as error:  # how the train ended stands in its record, and must not be hidden by this
         logging.getLogger(__name__).warning("MLflow could not be told how %s ended: %s", record.id, error)
@@ -518,38 +573,37 @@ def _tell_end(record: TrainRecord) -> None:
     _untold(record.id).unlink(missing_ok=True)
 
 
-def overview(record: TrainRecord) -> str:
-    """The train on half a page, as Markdown: what it is, where its record lies, how it went."""
+def report(record: TrainRecord) -> str:
+    """The page of the train, as Markdown, with links to its run and to a comparison with the train it was copied from.
+
+    Without an answer from MLflow it has no links.
+    """
+    links = {}
+    with contextlib.suppress(Exception):
+        links = _links(record)
+    return train_report(record, current_status(record), train_folder(record.id), links)
+
+
+def _links(record: TrainRecord) -> dict[str, str]:
     page = tracking.run_page(record.run_id)
-    rows = {
-        "Status": f"{current_status(record)}{f': {record.reason}' if record.reason else ''}",
-        "Description": record.config.description,
-        "Method": record.config.method,
-        "Base model": record.base or record.config.base_model,
-        "Dataset": record.dataset or record.config.dataset,
-        "Model": record.model,
-        "MLflow run": f"[{record.run_id}]({page})" if page else record.run_id,
-        **{f"Outcome: {name}": f"{value:g}" for name, value in record.outcome.items()},
-    }
-    table = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
-    lines = [f"# {record.id}", "", "| | |", "| --- | --- |", *table]
-    if record.evaluation:
-        which = list(record.evaluation)
-        lines += ["", f"| % | {' | '.join(which)} |", f"| --- |{' ---: |' * len(which)}"]
-        for name in record.evaluation[which[0]]:
-            values = (f"{record.evaluation[each][name]:.2f}" for each in which)
-            lines.append(f"| {name} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def _cell(value: str) -> str:
-    first = value.strip().splitlines()[0] if value.strip() else ""
-    return first.replace("|", "\\|")
+    links = {"MLflow run: curves and files": page} if page else {}
+    copied = {origin.removeprefix("copied from ") for origin in record.origins.values() if origin.startswith("copied ")}
+    for train_id in copied:
+        with contextlib.suppress(UserError):  # deleted since, or on another host
+            compared = tracking.compare_page([load_train(train_id).run_id, record.run_id])
+            links |= {f"Compare with {train_id}": compared} if compared else {}
+    table = tracking.trains_page()
+    return links | ({"All trains": table} if table else {})
 
 
 def cancel_train(record: TrainRecord) -> None:
-    """Ask the train's running stage to save a checkpoint and stop. Raises UserError if none runs."""
-    if not signal_running(train_folder(record.id) / "training"):
+    """Ask the train to save a checkpoint and stop, in whatever stage it is; a waiting one gives up its place as well.
+
+    Raises UserError if it does not run.
+    """
+    if current_status(record) != "running":
         raise UserError(
-            "no training stage of this train is running", field="train", value=record.id, expected="a running train"
+            "this train is not running", field="train", value=record.id, mend="`tuneline status` shows those that are"
         )
+    if not withdraw_ticket(record.id):
+        cancelling.ask_to_stop(train_folder(record.id))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import own_databases
 from tests.tiny_models import make_tiny_chat_model
 
 
@@ -15,6 +16,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home folder of an installation that nothing else uses."""
     folder = tmp_path / "home"
     monkeypatch.setenv("TUNELINE_HOME", str(folder))
+    for name, value in own_databases().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TUNELINE_GPU_LOCKS", str(tmp_path / "gpu-locks"))
     return folder
 
 

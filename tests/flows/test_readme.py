@@ -32,7 +32,7 @@ def _tour() -> list[str]:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A home in which the tour's base model is already there: random weights, in place of the download."""
-    from deployments.services import port_is_taken
+    from deployments.ports import port_is_taken
 
     home = tmp_path_factory.mktemp("tour")
     make_tiny_chat_model(home / "base_models" / "smollm2-135m-instruct", seed=1)

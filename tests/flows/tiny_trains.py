@@ -17,6 +17,8 @@ import yaml
 
 from configs.resolve import ResolvedTrain, resolve_train
 from configs.settings import PROJECT_ROOT, Settings
+from deployments.databases import mlflow_database_uri
+from tests.postgres import own_databases
 from tests.tiny_models import make_tiny_chat_model
 
 ROOMS = ("kitchen", "hall", "cellar", "garden", "attic", "office", "bath")
@@ -29,7 +31,10 @@ def installation(root: Path) -> Iterator[Settings]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNELINE_HOME", str(home))
         patch.setenv("TUNELINE_GRACE_SECONDS", "30")
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow/mlflow.db")
+        patch.setenv("TUNELINE_GPU_LOCKS", str(root / "gpu-locks"))
+        for name, value in own_databases().items():
+            patch.setenv(name, value)
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_database_uri(Settings(home=home)))
         patch.setenv("OMP_NUM_THREADS", "1")  # a model this small is only slowed down by a second thread
         (home / "mlflow").mkdir(parents=True)
         _write_rows(root)

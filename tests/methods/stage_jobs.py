@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 from configs.train import Hyperparameters
-from methods import contract
+from methods import contract, supervisor
 from methods.registry import find_method
 from tasks.stages import EventTail, StageJob, run_stage
 
@@ -34,6 +35,16 @@ def write_stage(folder: Path, body: str) -> Path:
 def small_job(folder: Path, **inputs: Any) -> StageJob:
     """A job without parameters."""
     return StageJob(stage="training", parameters={}, inputs=inputs, output=folder / "output", seed=1)
+
+
+def signal_running(folder: Path) -> bool:
+    """Ask the stage that runs in `folder` to stop; False if none runs."""
+    try:
+        content = json.loads((folder / supervisor.PROCESS_FILE).read_text())
+        psutil.Process(content["supervisor"]).terminate()
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        return False
+    return True
 
 
 @dataclass

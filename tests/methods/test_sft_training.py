@@ -27,8 +27,8 @@ from methods import contract, supervisor
 from methods.sft import training as sft
 from methods.toolkit import chat
 from methods.toolkit import training as toolkit
-from tasks.stages import EventTail, StageCancelled, StageKilled, signal_running
-from tests.methods.stage_jobs import curve, open_job, run_method, training_job, wait_for
+from tasks.stages import EventTail, StageCancelled, StageKilled
+from tests.methods.stage_jobs import curve, open_job, run_method, signal_running, training_job, wait_for
 
 CURVES = ("loss", "learning_rate", "grad_norm", "token_accuracy", "tokens", "epoch")
 RESUMED: dict[str, dict[str, Any]] = {

@@ -16,10 +16,11 @@ import pytest
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
 from methods import contract, supervisor
-from tasks.stages import StageCancelled, StageKilled, run_stage, signal_running
+from tasks.stages import StageCancelled, StageKilled, run_stage
 from tests.methods.stage_jobs import (
     Running,
     processes_of,
+    signal_running,
     small_job,
     start_stage,
     wait_for,

@@ -12,7 +12,8 @@ import pytest
 from configs.errors import UserError
 from configs.records import TrainRecord
 from configs.train import TrainConfig, effective_through
-from tasks import models, tracking, trains
+from deployments import alerts
+from tasks import models, resuming, tracking, trains
 from tasks.datasets import find_dataset
 
 ROWS = [{"question": f"what is {n} and {n}", "answer": str(2 * n)} for n in range(12)]
@@ -141,12 +142,38 @@ def _job_parameters(bench: Bench) -> None:
     assert job.parameters["of_its_own"] == 5
 
 
+def _gpus(bench: Bench) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNELINE_GPUS", "0,1")
+        assert trains.take_gpus(bench.prepared(gpus=2), lambda _: None).gpus == ["0", "1"]
+        with pytest.raises(UserError, match="more GPUs than this host has"):
+            bench.prepared(gpus=3)
+
+
+def _alerts(bench: Bench) -> None:
+    """That they are sent: tests/deployments/test_alerts.py."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    subscribed = bench.prepared(alerts=[{"to": "ops", "on": "failed"}]).config.alerts
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert alerts.run_tags(subscribed) == {"alert:ops:failed"}
+
+
 def _endpoint(bench: Bench) -> None:
     """Deploying itself takes a server: `test_4bit_train_goes_through_to_an_endpoint_that_answers` names its own."""
     text = (Path(__file__).parents[1] / "flows" / "test_lifecycle_paths.py").read_text(encoding="utf-8")
     body = text.split("def test_4bit_train_goes_through")[1].split("\ndef ")[0]
     assert 'endpoint="four"' in body
     assert 'endpoint.name == "four"' in body
+
+
+def _resume_after_crash(bench: Bench) -> None:
+    decided = []
+    for times in (0, 1):
+        record = trains.note_flow_run(bench.prepared(resume_after_crash=times), f"run-{times}", None)
+        trains.close_train(record, "interrupted", "killed")
+        decided.append(resuming.decide_after_crash(f"run-{times}").resume)
+    assert decided == [False, True]
 
 
 CONSUMED: dict[str, Callable[[Bench], None]] = {
@@ -166,6 +193,9 @@ CONSUMED: dict[str, Callable[[Bench], None]] = {
     "allow_refused_rows": _allow_refused_rows,
     "through": _through,
     "endpoint": _endpoint,
+    "alerts": _alerts,
+    "gpus": _gpus,
+    "resume_after_crash": _resume_after_crash,
     "hyperparameters": _job_parameters,
     "method_params": _job_parameters,
 }

@@ -135,7 +135,19 @@ def test_overview_names_run_status_and_scores_and_keeps_to_its_table(record: Tra
     assert "| f1 | 1.00 | 90.25 |" in page
 
 
-def test_cancelling_a_train_without_a_running_stage_is_told(record: TrainRecord) -> None:
-    with pytest.raises(UserError, match="no training stage of this train is running"):
-        trains.cancel_train(record)
+def test_cancelling_a_train_that_does_not_run_is_told(record: TrainRecord) -> None:
+    closed = trains.close_train(record, "completed")
+    with pytest.raises(UserError, match="this train is not running"):
+        trains.cancel_train(closed)
     assert load_settings().trains.joinpath(record.id).is_dir()
+
+
+def test_a_flow_run_finds_the_train_it_has_worked_on_in_any_attempt(record: TrainRecord) -> None:
+    for flow_run in ("first", "second", "second"):
+        record = trains.note_flow_run(record, flow_run, None)
+    assert (record.flow_run_id, record.earlier_flow_runs) == ("second", ["first"])
+    for flow_run in ("first", "second"):
+        found = trains.train_of_flow_run(flow_run)
+        assert found is not None
+        assert found.id == record.id
+    assert trains.train_of_flow_run("third") is None

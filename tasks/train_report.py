@@ -1,0 +1,191 @@
+"""A train on one page: overview (every parameter and where it came from), evaluation, log.
+
+Plain Markdown, so that the Prefect page draws it; the pictures are data addresses inside it. Everything that comes
+from outside (answers, descriptions, log lines) is escaped: it is text, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.records import TrainRecord, TrainStatus
+from configs.resolve import DEFAULT, ResolvedTrain, describe
+from configs.scoring import SCORE_TITLES
+from methods import contract
+from tasks.files import last_lines, write_text
+from tasks.plots import draw_curves
+from tasks.stages import EventTail
+
+SAMPLES = 8
+LOG_LINES = 60
+_CELL = 400  # characters of a prompt or answer; the whole one is with the MLflow run
+_DPI = 75  # a picture of about 50 kB: the page fetches it with every artifact of the flow run
+
+
+def keep_predictions(folder: Path, which: str, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """Keep the first answers of `base` or `tuned` in the folder of the train, for its page."""
+    write_text(_predictions_file(folder, which), json.dumps(list(predictions[:SAMPLES]), ensure_ascii=False))
+
+
+def _predictions_file(folder: Path, which: str) -> Path:
+    return folder / f"samples_{which}.json"
+
+
+def train_report(record: TrainRecord, status: TrainStatus, folder: Path, links: Mapping[str, str]) -> str:
+    """The page of a train as Markdown; `folder` is the train's own, `links` are addresses by their names."""
+    parts = [f"# {_text(record.id)}", _summary(record, status, links), "## Overview", _parameters(record)]
+    if status != "running":
+        parts += ["## Evaluation", *_evaluation(record, folder), "## Log", _log(folder / "training")]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_html(markdown: str, title: str) -> str:
+    """The same page as HTML that needs nothing beside it; for the files of the MLflow run."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
+    style = (
+        "body{font:14px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;vertical-align:top}"
+        "img{max-width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}"
+    )
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
+    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
+
+
+# --- overview ----------------------------------------------------------------------------------------------
+
+
+def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str]) -> str:
+    rows = {
+        "Status": f"{status}: {record.reason}" if record.reason else status,
+        "Description": record.config.description,
+        "Base model": record.base or record.config.base_model,
+        "Dataset": record.dataset or record.config.dataset,
+        "Validation rows": record.validation_dataset,
+        "Evaluation rows": record.evaluation_dataset,
+        "Model": record.model,
+        "GPUs": ", ".join(record.gpus),
+        "Attempts": str(record.attempts) if record.attempts > 1 else None,
+        **{_OUTCOMES.get(name, name): f"{value:g}" for name, value in record.outcome.items()},
+    }
+    table = _table(("Train", _text(record.id)), [(name, _cell(value)) for name, value in rows.items() if value])
+    linked = " · ".join(f"[{name}]({address})" for name, address in links.items())
+    warnings = [f"- Warning: {_text(warning)}" for warning in record.warnings]
+    return "\n\n".join(filter(None, [table, linked, "\n".join(warnings)]))
+
+
+_OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean training loss"}
+
+
+def _parameters(record: TrainRecord) -> str:
+    """What somebody has set, then, folded, the rest."""
+    described = describe(ResolvedTrain(config=record.config, origins=record.origins))
+    rows = [(name.removeprefix("hyperparameters."), _cell(value), _cell(origin)) for name, value, origin in described]
+    columns = ("Parameter", "Value", "From")
+    given = [row for row in rows if row[2] != DEFAULT]
+    defaults = [row for row in rows if row[2] == DEFAULT]
+    folded = f"<details><summary>{len(defaults)} parameters at their defaults</summary>"
+    return "\n\n".join([_table(columns, given), folded, _table(columns, defaults), "</details>"])
+
+
+# --- evaluation --------------------------------------------------------------------------------------------
+
+
+def _evaluation(record: TrainRecord, folder: Path) -> list[str]:
+    parts = [_picture(folder / "training", record.id), _scores(record.evaluation), *_samples(folder)]
+    if not record.evaluation:
+        parts.append("No evaluation dataset was scored.")
+    return [part for part in parts if part]
+
+
+def _picture(folder: Path, title: str) -> str:
+    events = EventTail(folder / contract.EVENTS_FILE).read() if (folder / contract.EVENTS_FILE).exists() else []
+    picture = folder / "curves_small.png"
+    if not draw_curves(events, picture, title, dpi=_DPI):
+        return "There is no curve yet: the training has not taken a step."
+    data = base64.b64encode(picture.read_bytes()).decode("ascii")
+    return f"![Curves of the training](data:image/png;base64,{data})"
+
+
+def _scores(evaluation: Mapping[str, Mapping[str, float]]) -> str:
+    """Percent, before and after."""
+    if not evaluation:
+        return ""
+    names = {"base": "Before (base model)", "tuned": "After (fine-tuned)"}
+    which = [each for each in names if each in evaluation]
+    both = len(which) == len(names)
+    rows = []
+    for key, title in SCORE_TITLES.items():
+        values = [evaluation[each][key] for each in which if key in evaluation[each]]
+        if len(values) == len(which):
+            change = [f"{values[1] - values[0]:+.2f}"] if both else []
+            rows.append((title, *(f"{value:.2f}" for value in values), *change))
+    columns = ("Score in percent", *(names[each] for each in which), *(["Change"] if both else []))
+    return _table(columns, rows)
+
+
+def _samples(folder: Path) -> list[str]:
+    """The first rows with what was expected and what each model answered."""
+    found = {which: _predictions(folder, which) for which in ("base", "tuned")}
+    rows = found["tuned"] or found["base"]
+    if not rows:
+        return []
+    table = []
+    for index, row in enumerate(rows):
+        answers = [_answer(found[which][index]) if index < len(found[which]) else "" for which in ("base", "tuned")]
+        table.append((_cell(row["prompt"]), _cell(row["reference"]), *answers))
+    columns = ("Prompt", "Expected", "Base model's answer", "Fine-tuned answer")
+    return [
+        f"The first {len(rows)} evaluation rows (✓ as expected, ✗ not); all are among the run's files in MLflow.",
+        _table(columns, table),
+    ]
+
+
+def _predictions(folder: Path, which: str) -> list[dict[str, Any]]:
+    file = _predictions_file(folder, which)
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    cut = " (cut at the limit)" if row["hit_limit"] else ""
+    return f"{'✓' if row['exact'] else '✗'} {_cell(row['prediction'])}{cut}"
+
+
+# --- log and text ------------------------------------------------------------------------------------------
+
+
+def _log(folder: Path) -> str:
+    text = last_lines(folder / contract.LOG_FILE, LOG_LINES)
+    if not text.strip():
+        return "The training has written no log."
+    # A progress bar rewrites its line: only what stood there last is a line.
+    lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"The last {len(lines)} lines of the training:\n\n{fence}text\n" + "\n".join(lines) + f"\n{fence}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: str) -> str:
+    """Text for one cell of a table: on one line, not longer than a page can show."""
+    short = value if len(value) <= _CELL else f"{value[:_CELL]}… ({len(value)} characters)"
+    return "<br>".join(_text(line) for line in short.strip().splitlines())
+
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+
+
+def _text(value: str) -> str:
+    """Text that Markdown and HTML leave as it is."""
+    return _MARKUP.sub(r"\\\1", html.escape(value, quote=False))
