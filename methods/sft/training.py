@@ -14,7 +14,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
-from methods.toolkit import chat, memory, models, probing, tokenizing, training
+from methods.toolkit import chat, chat_rows, memory, models, probing, tokenizing, training
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -23,16 +23,7 @@ class Trainer(training.Repeatable, SFTTrainer):
 
 def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]:
     """Tokenise the training and validation rows and report what was kept and cut."""
-    p = job.parameters
-    limits = tokenizing.Limits(p["max_seq_length"], p["max_input_length"], p["max_content_length"], p["over_length"])
-    rows, report = tokenizing.tokenise(tokenizer, Path(job.inputs["train_rows"]), limits, p["max_samples"])
-    reports = {"train": report.as_dict()}
-    validation = None
-    if job.inputs.get("validation_rows"):
-        validation, validation_report = tokenizing.tokenise(tokenizer, Path(job.inputs["validation_rows"]), limits, -1)
-        reports["validation"] = validation_report.as_dict()
-    _report_rows(job, reports)
-    return rows, validation
+    return chat_rows.prepare_rows(job, tokenizer)
 
 
 def prepare_model(job: contract.Job) -> Any:
@@ -78,7 +69,7 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
     trainer.job = job
     trainer.lengths = list(rows["length"])
     events.trainer = trainer
-    _report_memory(job, model, max(rows["length"]))
+    memory.report_memory(job, model, max(rows["length"]), job.parameters["tuning"])
     return trainer
 
 
@@ -105,40 +96,6 @@ def main(job: contract.Job) -> dict[str, object]:
     outcome = training.run_training(trainer, job)
     job.phase("saving")
     return save(job, trainer, tokenizer, outcome)
-
-
-def _report_rows(job: contract.Job, reports: dict[str, dict[str, Any]]) -> None:
-    path = job.folder / "rows.json"
-    contract.write_json(path, reports)
-    job.artifact(path)
-    for split, report in reports.items():
-        lost = report["read"] - report["kept"]
-        print(
-            f"{split}: {report['kept']} of {report['read']} rows, {report['tokens']} tokens, "
-            f"{report['supervised_share']:.1%} of them trained, longest row {report['longest']}",
-            flush=True,
-        )
-        if lost or report["truncated"]:
-            notes = "; ".join(report["notes"][:3])
-            job.warning(f"{split}: {lost} rows left out, {report['truncated']} cut ({notes})")
-
-
-def _report_memory(job: contract.Job, model: Any, longest: int) -> None:
-    counts = models.parameter_counts(model)
-    needed = memory.estimate_gib(model.config, counts["total"], counts["trainable"], longest, job.parameters)
-    free = memory.available_gib()
-    contract.write_json(
-        job.folder / "preflight.json",
-        {**counts, "estimated_memory_gib": needed, "available_memory_gib": free},
-    )
-    job.artifact(job.folder / "preflight.json")
-    share = counts["trainable"] / counts["total"]
-    print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({share:.2%})", flush=True)
-    if free is not None and needed > free:
-        job.warning(
-            f"this train may need {needed:.1f} GiB and {free:.1f} GiB are free: lower batch_size (raise "
-            "grad_accum_steps), lower max_seq_length, or switch gradient_checkpointing on"
-        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Estimates what a train needs before anything is loaded."""
+"""Estimates what a train needs, before its first step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from methods import contract
+from methods.toolkit import models
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _NF4_BYTES = 0.55  # 4 bits and the double-quantised scales
@@ -63,3 +66,26 @@ def available_gib() -> float | None:
         return None
     lines = table.read_text(encoding="ascii").splitlines()
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def report_memory(job: contract.Job, model: Any, longest: int, tuning: str) -> None:
+    """Report how much of the model is trained and what the train may need, and warn if that is more than is free.
+
+    `longest` is the longest row in tokens, `tuning` is `full`, `lora`, or another kind of adapter.
+    """
+    counts = models.parameter_counts(model)
+    parameters = {**job.parameters, "tuning": tuning}
+    needed = estimate_gib(model.config, counts["total"], counts["trainable"], longest, parameters)
+    free = available_gib()
+    contract.write_json(
+        job.folder / "preflight.json",
+        {**counts, "estimated_memory_gib": needed, "available_memory_gib": free},
+    )
+    job.artifact(job.folder / "preflight.json")
+    share = counts["trainable"] / counts["total"]
+    print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({share:.2%})", flush=True)
+    if free is not None and needed > free:
+        job.warning(
+            f"this train may need {needed:.1f} GiB and {free:.1f} GiB are free: lower batch_size (raise "
+            "grad_accum_steps), lower max_seq_length, or switch gradient_checkpointing on"
+        )
