@@ -370,7 +370,8 @@ def _failure(error: Exception) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     if isinstance(error, OSError) and error.filename is not None and error.errno in _ABOUT_THE_HOST:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        mend = "make that path writable, free disk space, or choose another home: TUNELINE_HOME=/a/folder"
+        print(f"error: {UserError(str(error.strerror), file=error.filename, mend=mend)}", file=sys.stderr)
         return EXIT_USER
     raise error
 

@@ -43,10 +43,14 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def last_lines(log: Path, lines: int, offset: int = 0) -> str:
-    """The last lines of a log, read from `offset` bytes on and at most 1 MB of it; empty if there is none."""
+    """The last lines of a log, read from `offset` bytes on and at most 1 MB of it; empty if there is none.
+
+    A progress bar rewrites its line: only what stood there last counts.
+    """
     if not log.is_file():
         return ""
     with log.open("rb") as file:
         file.seek(max(offset, log.stat().st_size - 1_000_000))
         text = file.read().decode("utf-8", errors="replace")
-    return "\n".join(text.splitlines()[-lines:]) if lines > 0 else ""
+    written = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.removesuffix("\n").split("\n")]
+    return "\n".join(written[-lines:]) if lines > 0 else ""

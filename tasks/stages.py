@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
 from methods import contract, supervisor
 from tasks import cancelling
+from tasks.files import last_lines
 from tasks.gpus import slot_descriptors, stage_variables
 from tasks.processes import STAGE_FOLDER_VARIABLE
 
@@ -250,7 +251,7 @@ def _result(folder: Path, code: int) -> dict[str, Any]:
 
 
 def _failure(log: Path, error: str | None, code: int) -> StageFailed:
-    end = f"The log is {log}; its end:\n{log_tail(log)}"
+    end = f"The log is {log}; its end:\n{last_lines(log, 15) or '(no log)'}"
     if error is not None:
         return StageFailed(f"{error}\n{end}")
     if code > 128:
@@ -259,10 +260,3 @@ def _failure(log: Path, error: str | None, code: int) -> StageFailed:
     if code < 0:
         return StageKilled(f"the stage's supervisor was ended by signal {-code}\n{end}")
     return StageFailed(f"the stage ended with exit code {code} and left no result\n{end}")
-
-
-def log_tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
-    if not log.exists():
-        return "(no log)"
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -165,8 +165,7 @@ def _log(folder: Path) -> str:
     text = last_lines(folder / contract.LOG_FILE, LOG_LINES)
     if not text.strip():
         return "The training has written no log."
-    # A progress bar rewrites its line: only what stood there last is a line.
-    lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
+    lines = text.split("\n")
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"The last {len(lines)} lines of the training:\n\n{fence}text\n" + "\n".join(lines) + f"\n{fence}"

@@ -23,26 +23,6 @@ from tests.flows.command_line import PROGRAM, printed, program_environment, read
 from tests.tiny_models import make_tiny_chat_model
 
 HEAVY = ("prefect", "mlflow", "torch", "transformers", "trl", "jieba", "pandas", "numpy", "datasets", "matplotlib")
-COMMANDS = [
-    *([], ["train"], ["save"], ["deploy"], ["undeploy"], ["infer"], ["evaluate"], ["score"]),
-    *(
-        ["up"],
-        ["down"],
-        ["status"],
-        ["deploy-flows"],
-        ["doctor"],
-        ["demo"],
-        ["trains"],
-        ["datasets"],
-        ["models"],
-        ["methods"],
-    ),
-    *(["trains", name] for name in ("list", "show", "log", "cancel", "resume", "copy", "compare")),
-    *(["datasets", name] for name in ("check", "add", "list", "show")),
-    *(["models", name] for name in ("list", "add", "show")),
-    *(["methods", name] for name in ("list", "show")),
-    *(["deployments"], *(["deployments", name] for name in ("log", "rollback", "restart", "key"))),
-]
 
 
 @dataclass
@@ -121,36 +101,31 @@ def complete_name(place: Place, train_id: str) -> str:
 def test_help_of_every_command_imports_nothing_heavy(tmp_path: Path) -> None:
     code = """
 import json, sys
+from typer.main import get_command
 from flows.cli import app
-for arguments in json.loads(sys.argv[1]):
+root = get_command(app)
+commands = [[]]
+for name, command in root.commands.items():
+    commands += [[name], *([name, sub] for sub in getattr(command, "commands", {}))]
+for arguments in commands:
     try:
         app([*arguments, "--help"])
     except SystemExit as end:
         assert end.code == 0, arguments
-print("HEAVY", [name for name in json.loads(sys.argv[2]) if name in sys.modules])
+print("COMMANDS", len(commands), "HEAVY", [name for name in json.loads(sys.argv[1]) if name in sys.modules])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(COMMANDS), json.dumps(HEAVY)],
+        [sys.executable, "-c", code, json.dumps(HEAVY)],
         cwd=tmp_path,
         env=program_environment(tmp_path / "home"),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "HEAVY []" in printed(done)
-    assert done.stdout.count("Usage: ") == len(COMMANDS)
+    told = printed(done).count("Usage: ")
+    assert told > 50
+    assert f"COMMANDS {told} HEAVY []" in done.stdout
     assert not (tmp_path / "home").exists()
-
-
-def test_all_commands_are_covered_by_the_help_test() -> None:
-    from typer.main import get_command
-
-    from flows.cli import app
-
-    root: Any = get_command(app)
-    known = {(name,) for name in root.commands}
-    known |= {(name, sub) for name, group in root.commands.items() for sub in getattr(group, "commands", {})}
-    assert {tuple(command) for command in COMMANDS} == known | {()}
 
 
 # --- without a train ----------------------------------------------------------------------------------------
@@ -406,11 +381,17 @@ def test_servers_go_up_show_what_ran_embedded_and_go_down(place: Place, trained:
 
 
 def test_programs_of_the_readme_exist() -> None:
+    from typer.main import get_command
+
+    from flows.cli import app
+
     commands = [
         line.removeprefix("tuneline ").split()
         for line in (PROJECT_ROOT / "README.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("tuneline ")
     ]
-    names = {tuple(command) for command in COMMANDS}
+    root: Any = get_command(app)
+    names = {(name, sub) for name, group in root.commands.items() for sub in getattr(group, "commands", {})}
+    names |= {(name,) for name in root.commands}
     assert len(commands) > 10
     assert [command for command in commands if tuple(command[:2]) not in names and (command[0],) not in names] == []

@@ -218,10 +218,10 @@ def test_prefect_flow_run_and_mlflow_run_name_each_other(lora: ModelRecord) -> N
         artifacts = client.read_artifacts(artifact_filter=wanted)
     assert flow_run.name == record.id
     assert {f"train:{record.id}", f"mlflow:{record.run_id}"} <= set(flow_run.tags)
-    overviews = [str(artifact.data) for artifact in artifacts if artifact.key == "train-overview"]
-    assert len(overviews) == 2
-    assert all(record.run_id in text for text in overviews)
-    assert any("| Status | completed |" in text and "| accuracy |" in text for text in overviews)
+    (page,) = (str(artifact.data) for artifact in artifacts if artifact.key == "train-report")
+    assert record.run_id in page
+    assert "| Status | completed |" in page
+    assert "| Exact accuracy |" in page
 
 
 def test_registered_model_carries_lineage_and_scores(lora: ModelRecord) -> None:

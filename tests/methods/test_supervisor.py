@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from configs.errors import UserError
@@ -189,24 +188,6 @@ def test_ctrl_c_in_the_runner_cancels_the_stage(tmp_path: Path) -> None:
     assert runner.wait(20) == -signal.SIGINT
     assert (tmp_path / "saved").exists()
     assert nothing_left(tmp_path)
-
-
-def test_a_recycled_process_id_is_not_signalled(tmp_path: Path) -> None:
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    try:
-        started = psutil.Process(stranger.pid).create_time()
-        record = {"supervisor": stranger.pid, "stage": stranger.pid, "started": started - 60}
-        (tmp_path / supervisor.PROCESS_FILE).write_text(json.dumps(record))
-        assert not signal_running(tmp_path)
-        time.sleep(0.2)
-        assert stranger.poll() is None
-        record["started"] = started
-        (tmp_path / supervisor.PROCESS_FILE).write_text(json.dumps(record))
-        assert signal_running(tmp_path)
-        assert stranger.wait(10) == -signal.SIGTERM
-    finally:
-        stranger.kill()
-        stranger.wait()
 
 
 def test_settings_of_the_servers_do_not_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

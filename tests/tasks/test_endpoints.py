@@ -347,7 +347,7 @@ def test_a_key_that_protects_nothing_is_refused(served: Served, monkeypatch: pyt
         ({"model_name": "a/b"}, "not a usable name"),
         ({"model_name": "训" * 67}, "at most 200 bytes"),
         ({"probes": []}, "at least one probe"),
-        ({"target": "ollama"}, "no such deployment target"),
+        ({"target": "torchserve"}, "no such deployment target"),
         ({"quantization": "gptq"}, "cannot quantise so"),
         ({"model_path": "/nowhere/at/all"}, "no model folder here"),
         ({"python": "/nowhere/python"}, "no Python interpreter"),

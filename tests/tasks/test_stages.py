@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import UserError
 from methods import contract
-from tasks.stages import EventTail, StageFailed, StageKilled, log_tail, run_stage
+from tasks.stages import EventTail, StageFailed, StageKilled, run_stage
 from tests.methods.stage_jobs import small_job, write_stage
 
 
@@ -121,10 +121,3 @@ def test_a_tail_reads_up_to_an_offset_and_goes_on_there(tmp_path: Path) -> None:
     tail = EventTail(path)
     assert [event["name"] for event in tail.read(until=len(lines[0]) * 2)] == ["a", "b"]
     assert [event["name"] for event in tail.read()] == ["c"]
-
-
-def test_the_end_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
-    log = tmp_path / "train.log"
-    assert log_tail(log) == "(no log)"
-    log.write_bytes(b"\xff\n" + b"".join(b"line %d\n" % i for i in range(30)))
-    assert log_tail(log, 2) == "line 28\nline 29"

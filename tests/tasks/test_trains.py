@@ -124,17 +124,6 @@ def test_end_that_mlflow_could_not_be_told_is_told_later(
     assert (run.info.status, run.data.tags["tuneline.reason"]) == ("FAILED", "out of memory")
 
 
-def test_overview_names_run_status_and_scores_and_keeps_to_its_table(record: TrainRecord) -> None:
-    scored = record.model_copy(
-        update={"status": "failed", "reason": "a\nb", "evaluation": {"base": {"f1": 1.0}, "tuned": {"f1": 90.25}}}
-    )
-    page = trains.overview(scored)
-    assert "| Status | failed: a |" in page
-    assert "| Description | a \\| test |" in page
-    assert f"| MLflow run | {record.run_id} |" in page
-    assert "| f1 | 1.00 | 90.25 |" in page
-
-
 def test_cancelling_a_train_that_does_not_run_is_told(record: TrainRecord) -> None:
     closed = trains.close_train(record, "completed")
     with pytest.raises(UserError, match="this train is not running"):
