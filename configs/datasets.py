@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
 FileFormat = Literal["jsonl", "json", "csv", "xlsx", "parquet", "images"]
 DIGEST_CHARACTERS = 12
+IMAGES_FOLDER = "images"  # beside the rows that show them
 
 # How a file lays its rows out.
 Shape = Literal[
@@ -81,6 +82,13 @@ KINDS_OF_TYPE: dict[str, tuple[Kind, ...]] = {
     "vision-language": ("vision",),
     "image-generation": ("caption",),
 }
+
+
+class Wanted(NamedTuple):
+    """Who asks for a dataset, such as a method, and the kinds of rows that it can take."""
+
+    by: str
+    kinds: tuple[Kind, ...]
 
 
 class Message(TypedDict):
@@ -334,6 +342,11 @@ class DatasetVersion(BaseModel):
     created: datetime
     path: Path = Field(description="The stored rows, one canonical row a line.")
     report: DatasetReport
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images that its rows show; it is there if they show any."""
+        return self.path.parent / IMAGES_FOLDER
 
     @property
     def reference(self) -> str:

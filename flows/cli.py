@@ -186,12 +186,13 @@ def evaluate(
 ) -> None:
     """Score a model's answers to the rows of a dataset; recorded in MLflow."""
     found = cli_models.find(model)
-    from configs.datasets import Columns
+    from configs.datasets import Columns, Wanted
     from tasks.datasets import resolve_dataset
     from tasks.evaluation import evaluate_and_record
     from tasks.inference import Generation
 
-    version = resolve_dataset(dataset, Columns(prompt=prompt_column, completion=completion_column))
+    columns, wanted = Columns(prompt=prompt_column, completion=completion_column), Wanted("evaluation", ("chat",))
+    version = resolve_dataset(dataset, columns, wanted=wanted)
     cli_trains.embedded()
     with cli_trains.terminal_line("evaluating") as follow:
         outcome = evaluate_and_record(found, version, Generation(max_new_tokens=max_new_tokens), samples, follow)

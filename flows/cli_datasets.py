@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,8 +63,9 @@ def add(
     from tasks.datasets import add_dataset
 
     columns = Columns(prompt=prompt_column, completion=completion_column)
-    if addresses(load_settings()).prefect_api is not None:
-        connect(load_settings())  # it is told of the new version
+    with contextlib.suppress(OSError):  # a home that cannot be read is told of by whoever stores in it
+        if addresses(load_settings()).prefect_api is not None:
+            connect(load_settings())  # it is told of the new version
     version = add_dataset(file, name, columns, shape, allow_refused=allow_refused)
     if json_:
         print_json(version.model_dump(mode="json"))

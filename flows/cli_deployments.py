@@ -92,7 +92,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score what endpoints answer to the rows of a dataset; recorded in MLflow. A key: TUNELINE_ENDPOINT_KEY."""
-    from configs.datasets import Columns
+    from configs.datasets import Columns, Wanted
     from flows.cli_trains import embedded, terminal_line
     from tasks.datasets import resolve_dataset
     from tasks.endpoints import load_endpoint
@@ -100,7 +100,8 @@ def evaluate(
     from tasks.inference import Generation
 
     found = [load_endpoint(name) for name in endpoints]
-    version = resolve_dataset(dataset, Columns(prompt=prompt_column, completion=completion_column))
+    columns, wanted = Columns(prompt=prompt_column, completion=completion_column), Wanted("evaluation", ("chat",))
+    version = resolve_dataset(dataset, columns, wanted=wanted)
     embedded()
     generation = Generation(max_new_tokens=max_new_tokens)
     outcomes = []

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from configs.datasets import KINDS_OF_TYPE, Kind
 from configs.endpoints import Target
 from configs.environments import ENVIRONMENT_NAME
 from configs.environments import RECORD as ENVIRONMENT_RECORD
@@ -74,6 +75,11 @@ class Method(BaseModel):
         if "custom" in self.deployment_targets and "deploying" not in self.stages:
             raise ValueError("the deployment target custom needs the stage deploying")
         return self
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of stored rows that it trains on."""
+        return tuple(kind for each in self.types for kind in KINDS_OF_TYPE[each])
 
     def stage_file(self, stage: StageName) -> Path:
         """The absolute path of a stage's Python file. Raises UserError if the method does not have the stage."""

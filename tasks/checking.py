@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from configs.aliases import nearest
 from configs.base_models import find_base_model
-from configs.datasets import Columns, DatasetReport
+from configs.datasets import Columns, DatasetReport, Wanted
 from configs.errors import UserError
 from configs.settings import load_settings
 from configs.train import TrainConfig, path_of
@@ -22,13 +22,17 @@ def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
 
     Nothing is stored and nothing is fetched. Raises UserError for the first fault.
     """
-    _check_method(find_method(config.method), config)
+    method = find_method(config.method)
+    _check_method(method, config)
     wanted_gpus(config)
     _check_base(config.base_model)
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
     given = {name: getattr(config, name) for name in _DATASETS if getattr(config, name) is not None}
+    wanted = Wanted(method.name, method.kinds)
     return {
-        name: check_reference(reference, columns, config.dataset_shape, allow_refused=config.allow_refused_rows)
+        name: check_reference(
+            reference, columns, config.dataset_shape, allow_refused=config.allow_refused_rows, wanted=wanted
+        )
         for name, reference in given.items()
     }
 

@@ -135,7 +135,7 @@ def _refuse_untrained(turn: dict[str, object], field: str) -> None:
 def _note_dropped(turn: dict[str, object], used: tuple[str, ...], column: str, dropped: list[str]) -> None:
     for key in turn:
         name = f"{column}[].{key}"
-        if key not in used and name not in dropped:
+        if key not in used and turn[key] is not None and name not in dropped:
             dropped.append(name)
 
 
@@ -248,10 +248,12 @@ def qianfan_turns(row: dict[str, object], dropped: list[str]) -> list[Turn]:
 
 
 def qianfan_answers(value: object, field: str) -> list[Turn]:
-    """The answers of a `response`: `"a"`, `["a"]` and `[["a"], ["b"]]` are allowed."""
-    value = parse_cell(value)
+    """The answers of a `response`: `"a"`, `["a"]` and `[["a"], ["b"]]` are allowed; the last also as text in a cell."""
     if isinstance(value, str):
-        return [Turn("assistant", value, field)]
+        lists = parse_cell(value)
+        if not (isinstance(lists, list) and lists and all(isinstance(item, list) for item in lists)):
+            return [Turn("assistant", value, field)]
+        value = lists
     if not isinstance(value, list) or not value:
         raise wrong_type(field, value, "a list of answers")
     found = []
@@ -290,11 +292,22 @@ def pangu_prompt(turn: dict[str, object], system: str, field: str) -> list[Turn]
 # Tools
 
 
-def tool_messages(value: object, column: str, shape: Shape, dropped: list[str]) -> list[dict[str, Any]]:
-    """Messages with tool calls and their results, as OpenAI's interface has them; arguments are objects."""
+def tool_body(row: dict[str, object], column: str, shape: Shape, dropped: list[str]) -> dict[str, Any]:
+    """Messages with tool calls and their results, as OpenAI's interface has them; arguments are objects.
+
+    A `system` column stands before them; the column `tools` describes what may be called.
+    """
     openai = shape == "tool_messages"
-    found = _filled_list(value, column)
-    return [_tool_message(item, f"{column}[{index}]", column, openai, dropped) for index, item in enumerate(found)]
+    messages: list[dict[str, Any]] = messages_of(system_turns(row))
+    turns = system_turns(row)
+    for index, item in enumerate(_filled_list(row[column], column)):
+        field = f"{column}[{index}]"
+        messages.append(_tool_message(item, field, column, openai, dropped))
+        said = messages[-1]["content"] or describe(messages[-1].get("tool_calls"))
+        turns.append(Turn(messages[-1]["role"], said, field))
+    require_answered(turns)
+    tools = _tool_descriptions(row.get("tools"))
+    return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
 def _tool_message(turn: object, field: str, column: str, openai: bool, dropped: list[str]) -> dict[str, Any]:
@@ -311,7 +324,9 @@ def _tool_message(turn: object, field: str, column: str, openai: bool, dropped: 
     if turn[role_key] == "function_call":
         return {"role": role, "content": "", "tool_calls": _calls(turn[text_key], f"{field}.{text_key}")}
     content = turn.get(text_key)
-    told = {"role": role, "content": "" if calls and content is None else text(content, f"{field}.{text_key}")}
+    told: dict[str, Any] = {"role": role, "content": ""}
+    if not calls or content is not None:
+        told["content"] = text(content, f"{field}.{text_key}")
     if calls:
         told["tool_calls"] = _calls(calls, f"{field}.tool_calls")
     elif not told["content"].strip():
@@ -337,7 +352,7 @@ def _call(call: object, field: str) -> dict[str, Any]:
     return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def tool_descriptions(value: object) -> list[dict[str, Any]]:
+def _tool_descriptions(value: object) -> list[dict[str, Any]]:
     """The column `tools`: a list of objects with a name each, which may be JSON text."""
     value = parse_cell(value)
     if value is None or value == "" or value == []:

@@ -78,6 +78,13 @@ def listed(value: object, field: str, expected: str) -> list[object]:
     return value
 
 
+def messages_cell(value: object) -> object:
+    """Messages that a cell of a table holds as JSON; anything else as it is, since an answer may be JSON itself."""
+    found = parse_cell(value)
+    items = found if isinstance(found, list) and found else [found]
+    return found if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items) else value
+
+
 def number(value: object, field: str) -> float:
     """A finite number, which a cell of a table holds as text. Raises RowRefusedError."""
     if isinstance(value, str):

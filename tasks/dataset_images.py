@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from io import BytesIO
 from pathlib import Path
 
+from configs.datasets import IMAGES_FOLDER
 from tasks.dataset_fields import RowRefusedError, wrong_type
 from tasks.dataset_reading import describe, excerpt
 
-IMAGES = "images"
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 MAX_PIXELS = 50_000_000
 IMAGE_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
@@ -18,11 +19,11 @@ FILE_SUFFIXES = (*IMAGE_SUFFIXES.values(), ".jpeg")
 
 
 class ImageFolder:
-    """Takes the images that rows refer to, from below `root`; copies each different one to `target`, if there is one."""
+    """Takes the images that rows refer to, from below `root`; copies each different one to `target`, if given."""
 
     def __init__(self, root: Path, target: Path | None = None) -> None:
         self._root, self._target = root.resolve(), target
-        self._taken: dict[Path, str] = {}
+        self._taken: dict[str, str] = {}
         self._names: set[str] = set()
 
     @property
@@ -42,18 +43,18 @@ class ImageFolder:
         if not isinstance(reference, str):
             raise wrong_type(field, reference, "the path of an image")
         path = self._find(reference, field)
-        if path not in self._taken:
+        if str(path) not in self._taken:
             size = path.stat().st_size
             if size > MAX_IMAGE_BYTES:
                 raise _refused("image_too_large", field, f"{size:,} bytes", f"at most {MAX_IMAGE_BYTES:,} bytes")
-            self._taken[path] = self._keep(path.read_bytes(), field)
-        return self._taken[path]
+            self._taken[str(path)] = self._keep(path.read_bytes(), field)
+        return self._taken[str(path)]
 
     def _find(self, reference: str, field: str) -> Path:
         if "://" in reference or reference.startswith("data:"):
             raise _refused("image_not_a_file", field, excerpt(reference), "the path of a file beside the rows")
         given = Path(reference)
-        names = [given, Path(IMAGES) / given]
+        names = [given, Path(IMAGES_FOLDER) / given]
         if not given.suffix:
             names += [name.with_name(name.name + suffix) for name in names for suffix in FILE_SUFFIXES]
         for name in names:
@@ -69,11 +70,14 @@ class ImageFolder:
         raise _refused("image_missing", field, f"no file {excerpt(reference)}", "the path of an image file")
 
     def _keep(self, data: bytes, field: str) -> str:
-        name = f"{IMAGES}/{hashlib.sha256(data).hexdigest()}"
+        name = f"{IMAGES_FOLDER}/{hashlib.sha256(data).hexdigest()}"
         name += _suffix(data, field)
         if name not in self._names and self._target is not None:
-            (self._target / IMAGES).mkdir(exist_ok=True)
-            (self._target / name).write_bytes(data)
+            (self._target / IMAGES_FOLDER).mkdir(exist_ok=True)
+            with (self._target / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # the version, once it has its name, is whole
         self._names.add(name)
         return name
 

@@ -16,18 +16,23 @@ from tasks.dataset_conversations import (
     require_prompt,
     system_turns,
 )
-from tasks.dataset_fields import RowRefusedError, Turn, empty, listed, number, text, wrong_type
-from tasks.dataset_reading import describe, parse_cell
+from tasks.dataset_fields import RowRefusedError, Turn, empty, listed, messages_cell, number, text, wrong_type
+from tasks.dataset_reading import describe
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "messages", "conversations")
 RANKED_COLUMNS = ("answers", "responses", "completions")
 _MOST_TARGETS = 6
 
 
-def preference_body(row: dict[str, object], dropped: list[str]) -> tuple[dict[str, Any], set[str]]:
-    """Chosen and rejected as texts, messages, or whole conversations that begin alike; and the columns used."""
+def prompt_column(row: dict[str, object]) -> str | None:
+    """The column of the prompt of a preference row; None if it has none."""
+    return next((name for name in PROMPT_COLUMNS if name in row), None)
+
+
+def preference_body(row: dict[str, object], dropped: list[str]) -> dict[str, Any]:
+    """Chosen and rejected as texts, messages, or whole conversations that begin alike."""
     sides = [_side(row, name, dropped) for name in ("chosen", "rejected")]
-    column = next((name for name in PROMPT_COLUMNS if name in row), None)
+    column = prompt_column(row)
     if all(len(side) > 1 for side in sides) and sides[0][0].role != "assistant":
         prompt, sides = _split(sides)
     elif column is None:
@@ -46,15 +51,13 @@ def preference_body(row: dict[str, object], dropped: list[str]) -> tuple[dict[st
         require_answered([*prompt, *side])
     if messages_of(sides[0]) == messages_of(sides[1]):
         raise _equal("chosen, rejected")
-    used = {"chosen", "rejected", "system", *([column] if column else [])}
-    used |= {"input", "history"} if column == "instruction" else set()
     names = ("prompt", "chosen", "rejected")
-    return {name: messages_of(side) for name, side in zip(names, (prompt, *sides), strict=True)}, used
+    return {name: messages_of(side) for name, side in zip(names, (prompt, *sides), strict=True)}
 
 
 def asked_turns(row: dict[str, object], column: str, dropped: list[str]) -> list[Turn]:
     """The prompt of a row: a text, an Alpaca instruction with its input, or messages."""
-    value = parse_cell(row[column])
+    value = messages_cell(row[column])
     if column == "instruction":
         return alpaca_prompt(row)
     if isinstance(value, list):
@@ -68,7 +71,7 @@ def _messages(value: list[object], column: str, dropped: list[str]) -> list[Turn
 
 
 def _side(row: dict[str, object], name: str, dropped: list[str]) -> list[Turn]:
-    value = parse_cell(row[name])
+    value = messages_cell(row[name])
     if isinstance(value, str):
         if not value.strip():
             raise empty(name, "answer", value)

@@ -1,552 +1,353 @@
-"""What a row means: its shape is recognised, and it becomes a conversation or a Problem that says why not."""
+"""How the rows of a file are laid out: told, or recognised from the first of them."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
-from configs.datasets import Columns, Problem, RequestedShape, Shape
+from configs.datasets import KIND_OF_SHAPE, Columns, Kind, RequestedShape, Shape
 from configs.errors import UserError
-from tasks.dataset_reading import ParsedRow, describe, excerpt, inspect_file, read_objects, shown
+from tasks.dataset_fields import listing, nearest
+from tasks.dataset_preferences import PROMPT_COLUMNS, RANKED_COLUMNS
+from tasks.dataset_reading import ParsedRow, describe, parse_cell
+from tasks.dataset_sources import Source, read_source
 
 SAMPLED_ROWS = 20
-MAX_EXTRA_CHARACTERS = 256
 PLAIN_PAIRS = (
     ("prompt", "completion"),
     ("question", "answer"),
     ("instruction", "response"),
     ("query", "response"),
 )
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+IMAGE_COLUMNS = ("images", "image")
+UNREAD_MEDIA = ("video", "videos", "audio", "audios")
+_CAPTIONS = ("caption", "text")
+_CAPTIONED = (*IMAGE_COLUMNS, "file_name", "image_path")
+_ANCHORS = ("anchor", "query", "sentence")
+_POSITIVES = ("positive", "pos")
+_NEGATIVES = ("negative", "neg")
+_SENTENCES = (("sentence1", "sentence2"), ("text1", "text2"))
+_SCORES = ("score", "scores")
+_LIKENESS = ("score", "similarity", "label")
+_LISTED = "turns"  # what the reader calls a line that is a list
 _OWN_COLUMNS = Columns()
 _ALPACA = Columns(prompt="instruction", completion="output")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-_OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _ACCEPTED = (
     "prompt/completion (or question/answer, instruction/response, query/response), messages, "
-    "Alpaca (instruction, output) or ShareGPT (conversations)"
+    "Alpaca (instruction, output), ShareGPT (conversations), Qianfan (prompt, response), Pangu (context, target), "
+    "chosen/rejected, a prompt with answers and scores, anchor/positive with or without negative, "
+    "sentence1/sentence2/score, or an image with messages, with question and answer, or with a caption"
 )
+
+Object = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
     """How the rows of a file are read.
 
-    `columns` are those of prompt and completion, None for shapes that have columns of their own.
+    `names` are the columns each row must have, in the order in which the shape reads them. `columns` are those of
+    prompt and completion, None for shapes that have columns of their own.
     `named`: the user named the columns, they were not recognised.
     """
 
     shape: Shape
+    names: tuple[str, ...]
     columns: Columns = _OWN_COLUMNS
     named: bool = False
 
     @property
-    def required(self) -> tuple[str, ...]:
-        """The columns each row must have."""
-        if self.shape == "prompt_completion":
-            return tuple(name for name in (self.columns.prompt, self.columns.completion) if name is not None)
-        return _REQUIRED[self.shape]
+    def kind(self) -> Kind:
+        """What its rows are stored as."""
+        return KIND_OF_SHAPE[self.shape]
 
 
-_REQUIRED = {
-    "alpaca": ("instruction", "output"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-}
+def choose_layout(source: Source, columns: Columns | None, shape: RequestedShape) -> RowLayout | None:
+    """How to read the rows of a source: as told, else recognised from its first objects.
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One conversation; its last message is the answer."""
-
-    messages: list[dict[str, str]]
-    line: int
-    row: int
-    extra: dict[str, object]
-    dropped: tuple[str, ...]
-    columns: tuple[str, ...]
-    stored: bytes
-    content: bytes
-
-    @property
-    def prompt_characters(self) -> int:
-        return sum(len(message["content"]) for message in self.messages[:-1])
-
-    @property
-    def answer_characters(self) -> int:
-        return len(self.messages[-1]["content"])
-
-    @property
-    def turns(self) -> int:
-        return sum(message["role"] == "assistant" for message in self.messages)
-
-
-class _Turn(NamedTuple):
-    """A message and where in the row it came from."""
-
-    role: str
-    content: str
-    field: str
-
-
-class _RowRefusedError(Exception):
-    """Why one row cannot be used; its place in the file is added by whoever knows it."""
-
-    def __init__(
-        self,
-        kind: str,
-        message: str,
-        *,
-        field: str,
-        found: str,
-        expected: str,
-        mend: str,
-    ) -> None:
-        self.problem = Problem(kind=kind, message=message, field=field, found=found, expected=expected, mend=mend)
-        super().__init__(message)
-
-
-def choose_layout(path: Path, columns: Columns | None, shape: RequestedShape) -> RowLayout | None:
-    """How to read the rows of the file: as told, else recognised from its first objects.
-
-    Returns None if no row of the file is an object. Raises UserError for preference pairs, vision-language
-    data, a shape that is not known or not clear, and columns given for a shape that has its own.
+    Returns None if no row is an object. Raises UserError for video and audio, a shape that is not known or not
+    clear, and columns given for a shape that has its own.
     """
     columns = columns or Columns()
     named = columns.prompt is not None or columns.completion is not None
-    if named and shape not in ("auto", "prompt_completion"):
+    if named and shape not in ("auto", "prompt_completion", "image_question"):
         raise UserError(
             f"columns are named, but rows of the shape {shape} have columns of their own",
-            file=path,
+            file=source.name,
             mend="leave out the columns, or the shape",
         )
-    both_named = columns.prompt is not None and columns.completion is not None
-    if both_named and (columns != _ALPACA or shape == "prompt_completion"):
-        return RowLayout("prompt_completion", columns, named=True)
-    rows = (item for item in read_objects(path, inspect_file(path)) if isinstance(item, ParsedRow))
+    whole = columns != _ALPACA or shape == "prompt_completion"
+    if columns.prompt and columns.completion and whole and shape != "image_question":
+        return _pair_layout(columns.prompt, columns.completion, named=True)
+    rows = (item for item in read_source(source) if isinstance(item, ParsedRow))
     sample = list(itertools.islice(rows, SAMPLED_ROWS))
     if not sample:
         return None
     if not named:
-        _refuse_other_tasks(path, sample[0])
-    if shape in ("alpaca", "messages", "sharegpt"):
-        return RowLayout(shape)
-    for item in sample:
-        candidates = _candidates(item.value, columns, shape)
+        _refuse_unread_media(source, sample[0])
+    layouts = [_candidates(item.value, columns, shape) for item in sample]
+    for item, candidates in zip(sample, layouts, strict=True):
         if len(candidates) > 1:
-            raise _ambiguous(path, item, candidates)
+            raise _ambiguous(source, item, candidates)
         if candidates:
-            return candidates[0]
-    raise _unrecognised(path, sample[0], columns)
+            return _richest(candidates[0], layouts)
+    if shape != "auto" and shape in _FIXED:
+        return RowLayout(shape, _fixed_names(shape, sample[0].value))
+    raise _unrecognised(source, sample[0], columns, shape)
 
 
-def read_rows(path: Path, columns: Columns | None = None, shape: RequestedShape = "auto") -> Iterator[Row | Problem]:
-    """The rows of the file in order: each a Row, or the Problem in its place.
-
-    Streamed: memory does not grow with the file. Raises UserError where the file as a whole cannot be used.
-    """
-    yield from convert_rows(path, choose_layout(path, columns, shape))
+def candidates_of(row: Object) -> list[RowLayout]:
+    """The layouts that a row by itself fits."""
+    return _candidates(row, _OWN_COLUMNS, "auto")
 
 
-def convert_rows(path: Path, layout: RowLayout | None) -> Iterator[Row | Problem]:
-    """`read_rows` for a layout that `choose_layout` returned for this file."""
-    for item in read_objects(path, inspect_file(path)):
-        if isinstance(item, Problem):
-            yield item
-        elif layout is not None:
-            yield convert_row(item, layout)
+def image_column(row: Object) -> str | None:
+    """The column of the images of a row that has some."""
+    return next((name for name in IMAGE_COLUMNS if row.get(name)), None)
 
 
-def convert_row(parsed: ParsedRow, layout: RowLayout) -> Row | Problem:
-    """Turn one object into a conversation, or say what is wrong with it."""
-    try:
-        return _convert(parsed, layout)
-    except _RowRefusedError as refusal:
-        return refusal.problem.model_copy(update={"line": parsed.line, "row": parsed.row})
-
-
-def _candidates(row: dict[str, object], columns: Columns, shape: RequestedShape) -> list[RowLayout]:
-    pairs = [pair for pair in PLAIN_PAIRS if set(pair) <= row.keys()]
+def _candidates(row: Object, columns: Columns, shape: RequestedShape) -> list[RowLayout]:
     if columns.prompt or columns.completion:
+        if shape == "image_question":
+            return [found for pair in _half_named(row, columns) for found in _image_question(row, pair.columns)]
         return _half_named(row, columns)
-    found = [RowLayout("prompt_completion", Columns(prompt=one, completion=other)) for one, other in pairs]
-    if shape == "prompt_completion":
-        return found
-    shapes: tuple[Shape, ...] = ("alpaca", "messages", "sharegpt")
-    return found + [RowLayout(other) for other in shapes if row.keys() >= set(_REQUIRED[other])]
+    for finders in _FINDERS:
+        found = [layout for finder in finders for layout in finder(row)]
+        if shape != "auto":
+            found = [layout for layout in found if layout.shape == shape]
+        if found:
+            return found
+    return []
 
 
-def _half_named(row: dict[str, object], columns: Columns) -> list[RowLayout]:
+def _richest(chosen: RowLayout, layouts: Sequence[list[RowLayout]]) -> RowLayout:
+    """Plain messages, unless at least every second row of the sample has tools or images."""
+    richer = _RICHER.get(chosen.shape, ())
+    found = [candidates[0] for candidates in layouts if candidates and candidates[0].shape in richer]
+    return found[0] if 2 * len(found) >= len(layouts) else chosen
+
+
+_RICHER: dict[Shape, tuple[Shape, ...]] = {
+    "messages": ("image_messages", "tool_messages"),
+    "sharegpt": ("image_messages", "tool_sharegpt"),
+}
+
+
+# Finders: the layouts of one family that a row fits. The first family with one decides: a row that has chosen and
+# rejected answers, or an image, is no plain conversation, whatever else it has.
+
+
+def _listed_turns(row: Object) -> list[RowLayout]:
+    if _LISTED not in row:
+        return []
+    last = set(_names_of(row))
+    return [RowLayout(shape, (_LISTED,)) for shape, keys in _TURNS.items() if last >= keys][:1]
+
+
+_TURNS: dict[Shape, set[str]] = {
+    "qianfan_preference": {"chosen", "rejected"},
+    "qianfan_ranking": {"prompt", "response", "score"},
+    "qianfan": {"prompt", "response"},
+    "pangu_ranking": {"context", "targets"},
+    "pangu": {"context", "target"},
+}
+
+
+def _preferences(row: Object) -> list[RowLayout]:
+    if not {"chosen", "rejected"} <= row.keys():
+        return []
+    if "user" in row and not any(name in row for name in PROMPT_COLUMNS):
+        return [RowLayout("qianfan_preference", ("user", "chosen", "rejected"))]
+    return [RowLayout("preference", ("chosen", "rejected"))]
+
+
+def _rankings(row: Object) -> list[RowLayout]:
+    found = []
+    prompt, answers, scores = (_first(row, names) for names in (PROMPT_COLUMNS, RANKED_COLUMNS, _SCORES))
+    if prompt and answers and scores:
+        found.append(RowLayout("ranking", (prompt, answers, scores)))
+    if {"prompt", "response", "score"} <= row.keys() and isinstance(parse_cell(row["score"]), list):
+        found.append(RowLayout("qianfan_ranking", ("prompt", "response", "score")))
+    if {"context", "targets"} <= row.keys():
+        found.append(RowLayout("pangu_ranking", ("context", "targets")))
+    return found
+
+
+def _images(row: Object) -> list[RowLayout]:
+    captioned, caption = (_first(row, names) for names in (_CAPTIONED, _CAPTIONS))
+    image = image_column(row)
+    if image is None:
+        return [RowLayout("image_caption", (captioned, caption))] if captioned and caption else []
+    if {"images", "qa"} <= row.keys():
+        return [RowLayout("image_deepextension", ("images", "qa"))]
+    conversation = _first(row, ("messages", "conversations"))
+    if conversation:
+        return [RowLayout("image_messages", (image, conversation))]
+    pairs = [Columns(prompt=one, completion=other) for one, other in PLAIN_PAIRS if {one, other} <= row.keys()]
+    found = [layout for columns in pairs for layout in _image_question(row, columns)]
+    return found or ([RowLayout("image_caption", (image, caption))] if caption else [])
+
+
+def _image_question(row: Object, columns: Columns) -> list[RowLayout]:
+    image = image_column(row)
+    if image is None or columns.prompt is None or columns.completion is None:
+        return []
+    return [RowLayout("image_question", (image, columns.prompt, columns.completion), columns)]
+
+
+def _pairs_of_texts(row: Object) -> list[RowLayout]:
+    found = []
+    anchor, positive, negative = (_first(row, names) for names in (_ANCHORS, _POSITIVES, _NEGATIVES))
+    if anchor and positive:
+        found.append(
+            RowLayout("triplet", (anchor, positive, negative)) if negative else RowLayout("pair", (anchor, positive))
+        )
+    likeness = _first(row, _LIKENESS)
+    for one, other in _SENTENCES:
+        if {one, other} <= row.keys() and likeness:
+            found.append(RowLayout("scored_pair", (one, other, likeness)))
+    return found
+
+
+def _conversations(row: Object) -> list[RowLayout]:
+    found = [_pair_layout(one, other) for one, other in PLAIN_PAIRS if {one, other} <= row.keys()]
+    if row.keys() >= {"instruction", "output"}:
+        found.append(RowLayout("alpaca", _FIXED["alpaca"]))
+    if "messages" in row:
+        shape: Shape = "tool_messages" if _has_tools(row, "messages") else "messages"
+        found.append(RowLayout(shape, ("messages",)))
+    if "conversations" in row:
+        shape = "tool_sharegpt" if _has_tools(row, "conversations") else "sharegpt"
+        found.append(RowLayout(shape, ("conversations",)))
+    if row.keys() >= {"prompt", "response"}:
+        found.append(RowLayout("qianfan", ("prompt", "response")))
+    if row.keys() >= {"context", "target"}:
+        found.append(RowLayout("pangu", ("context", "target")))
+    return found
+
+
+_FINDERS: tuple[tuple[Callable[[Object], list[RowLayout]], ...], ...] = (
+    (_listed_turns,),
+    (_preferences, _rankings),
+    (_images,),
+    (_pairs_of_texts, _conversations),
+)
+
+# Shapes whose columns have one name each; told to read one, it is read even if the first rows do not fit.
+_FIXED: dict[Shape, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "qianfan": ("prompt", "response"),
+    "pangu": ("context", "target"),
+    "tool_messages": ("messages",),
+    "tool_sharegpt": ("conversations",),
+    "preference": ("chosen", "rejected"),
+    "qianfan_preference": ("user", "chosen", "rejected"),
+    "qianfan_ranking": ("prompt", "response", "score"),
+    "pangu_ranking": ("context", "targets"),
+    "image_deepextension": ("images", "qa"),
+}
+
+
+def _fixed_names(shape: Shape, row: Object) -> tuple[str, ...]:
+    return (_LISTED,) if _LISTED in row and shape in _TURNS else _FIXED[shape]
+
+
+def _first(row: Object, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _pair_layout(prompt: str, completion: str, *, named: bool = False) -> RowLayout:
+    columns = Columns(prompt=prompt, completion=completion)
+    return RowLayout("prompt_completion", (prompt, completion), columns, named)
+
+
+def _has_tools(row: Object, column: str) -> bool:
+    if row.get("tools") and parse_cell(row["tools"]):
+        return True
+    turns = parse_cell(row[column])
+    return isinstance(turns, list) and any(_is_tool_turn(turn) for turn in turns)
+
+
+def _is_tool_turn(turn: object) -> bool:
+    if not isinstance(turn, dict):
+        return False
+    role = turn.get("role", turn.get("from"))
+    return bool(turn.get("tool_calls")) or role in ("tool", "function_call", "observation")
+
+
+def _half_named(row: Object, columns: Columns) -> list[RowLayout]:
     """Layouts for columns of which one, or Alpaca's two, are named; the other goes by its usual names."""
     if columns == _ALPACA:
         if not {"instruction", "output"} <= row.keys():
             return []
         # As prompt and completion, the `input` of an Alpaca row would not reach the model.
-        return [RowLayout("alpaca") if "input" in row else RowLayout("prompt_completion", columns, named=True)]
+        whole = "input" in row
+        return [RowLayout("alpaca", _FIXED["alpaca"]) if whole else _pair_layout("instruction", "output", named=True)]
     prompts = [columns.prompt] if columns.prompt else [prompt for prompt, _ in PLAIN_PAIRS]
     answers = [columns.completion] if columns.completion else [answer for _, answer in PLAIN_PAIRS]
     return [
-        RowLayout("prompt_completion", Columns(prompt=prompt, completion=answer), named=True)
+        _pair_layout(prompt, answer, named=True)
         for prompt in prompts
         for answer in dict.fromkeys(answers)
         if prompt in row and answer in row and prompt != answer
     ]
 
 
-def _refuse_other_tasks(path: Path, item: ParsedRow) -> None:
-    for check in (_refuse_preferences, _refuse_media):
-        try:
-            check(item.value)
-        except _RowRefusedError as refusal:
-            problem = refusal.problem
-            raise UserError(
-                problem.message,
-                file=path,
-                line=item.line,
-                field=problem.field,
-                expected=problem.expected,
-                mend=problem.mend,
-            ) from None
-
-
-def _refuse_preferences(row: dict[str, object]) -> None:
-    if {"chosen", "rejected"} <= row.keys():
-        raise _RowRefusedError(
-            "preference_pairs",
-            "these are preference pairs; sft trains on answers",
-            field="chosen, rejected",
-            found="a chosen and a rejected answer",
-            expected="rows with one answer each",
-            mend="train with a preference method, or keep only the prompt and the chosen answer of each row",
-        )
-
-
-def _refuse_media(row: dict[str, object]) -> None:
-    media = next((name for name in _MEDIA if row.get(name)), None)
+def _refuse_unread_media(source: Source, item: ParsedRow) -> None:
+    media = next((name for name in UNREAD_MEDIA if item.value.get(name)), None)
     if media is not None:
-        raise _RowRefusedError(
-            "vision_language",
-            f"this is vision-language data (it has {media}); sft trains on text alone",
+        raise UserError(
+            f"this is data with {media}; of media, images alone are read",
+            file=source.name,
+            line=item.line,
             field=media,
-            found=describe(row[media]),
-            expected="rows of text",
-            mend=f"train it with a vision-language method, or remove the column {media}",
+            expected="rows of text, or of text and images",
+            mend=f"remove the column {media}",
         )
 
 
-def _ambiguous(path: Path, item: ParsedRow, candidates: list[RowLayout]) -> UserError:
-    shapes = ", ".join(f"{layout.shape} ({'/'.join(layout.required)})" for layout in candidates)
+def _ambiguous(source: Source, item: ParsedRow, candidates: list[RowLayout]) -> UserError:
+    shapes = ", ".join(f"{layout.shape} ({'/'.join(layout.names)})" for layout in candidates)
     return UserError(
         f"the rows can be read in more than one way: {shapes}",
-        file=path,
+        file=source.name,
         line=item.line,
         expected="one clear shape",
         mend="name the prompt and the completion column, or the shape",
     )
 
 
-def _unrecognised(path: Path, item: ParsedRow, columns: Columns) -> UserError:
-    there = list(item.value)
+def _names_of(row: Object) -> list[str]:
+    """The columns of a row; for a line that is a list of turns, the keys of its last one."""
+    turns = row.get(_LISTED)
+    last = turns[-1] if isinstance(turns, list) and turns and len(row) == 1 else None
+    return list(last if isinstance(last, dict) else row)
+
+
+def _unrecognised(source: Source, item: ParsedRow, columns: Columns, shape: RequestedShape) -> UserError:
+    there = _names_of(item.value)
     wanted = [name for name in (columns.prompt, columns.completion) if name is not None]
     missing = [name for name in wanted if name not in item.value]
-    problem = f"the shape of the rows is not recognised; their columns are: {_listing(there)}"
+    problem = f"the shape of the rows is not recognised; their columns are: {listing(there)}"
+    expected, mend = _ACCEPTED, "name the column of the prompt and the column of the completion"
     if missing:
-        problem = f"there is no column {missing[0]!r}{_nearest(missing[0], there)}; there are: {_listing(there)}"
+        problem = f"there is no column {missing[0]!r}{nearest(missing[0], there)}; there are: {listing(there)}"
     elif wanted:
-        problem = f"only the column {wanted[0]!r} is named, and the other is not clear among: {_listing(there)}"
+        problem = f"only the column {wanted[0]!r} is named, and the other is not clear among: {listing(there)}"
+    elif shape != "auto":
+        problem = f"the first rows do not have the columns of the shape {shape}; theirs are: {listing(there)}"
+        expected = f"rows of the shape {shape}"
+        mend = "leave out the shape, or rename the columns"
+    elif (image := image_column(item.value)) is not None:
+        problem = f"the rows have {image} ({describe(item.value[image])}), but no text that is read: {listing(there)}"
     return UserError(
         problem,
-        file=path,
+        file=source.name,
         line=item.line,
         field=missing[0] if missing else None,
-        expected=_ACCEPTED,
-        mend="name the column of the prompt and the column of the completion",
-    )
-
-
-def _convert(parsed: ParsedRow, layout: RowLayout) -> Row:
-    row = parsed.value
-    _require_columns(row, layout)
-    dropped: list[str] = []
-    if layout.shape == "alpaca":
-        turns, used = _alpaca_turns(row)
-    elif layout.shape == "prompt_completion":
-        turns, used = _pair_turns(row, *layout.required)
-    else:
-        turns, used = _conversation(row, layout, dropped)
-    _require_content(turns)
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    extra = {name: value for name, value in row.items() if name not in used}
-    kept = {name: value for name, value in extra.items() if _is_small_scalar(value)}
-    dropped += [name for name in extra if name not in kept]
-    stored, content = _encode(messages, parsed, kept, layout)
-    return Row(messages, parsed.line, parsed.row, kept, tuple(dropped), tuple(row), stored, content)
-
-
-def _require_columns(row: dict[str, object], layout: RowLayout) -> None:
-    if not layout.named:
-        # Whoever named the columns has said what the others are not.
-        _refuse_preferences(row)
-        _refuse_media(row)
-    missing = [name for name in layout.required if name not in row]
-    if not missing:
-        return
-    others = [] if layout.named else _candidates(row, Columns(), "auto")
-    if others:
-        raise _RowRefusedError(
-            "other_shape",
-            f"the row has the shape {others[0].shape} ({', '.join(others[0].required)}), "
-            f"the file's first rows {layout.shape} ({', '.join(layout.required)})",
-            field=missing[0],
-            found=f"the columns {_listing(list(row))}",
-            expected=f"the columns {', '.join(layout.required)}",
-            mend="put rows of different shapes into files of their own",
-        )
-    there = list(row)
-    raise _RowRefusedError(
-        "missing_column",
-        f"the row has no column {missing[0]!r}{_nearest(missing[0], there)}; its columns: {_listing(there)}",
-        field=missing[0],
-        found=f"the columns {_listing(there)}",
-        expected=f"the columns {', '.join(layout.required)}",
-        mend="add the column to the row, or name the right one",
-    )
-
-
-def _pair_turns(row: dict[str, object], prompt: str, completion: str) -> tuple[list[_Turn], set[str]]:
-    turns = [
-        _Turn("user", _text(row[prompt], prompt), prompt),
-        _Turn("assistant", _text(row[completion], completion), completion),
-    ]
-    return turns, {prompt, completion}
-
-
-def _alpaca_turns(row: dict[str, object]) -> tuple[list[_Turn], set[str]]:
-    turns = _system_turns(row) + _history_turns(row.get("history"))
-    asked = _text(row["instruction"], "instruction")
-    if (given := _optional_text(row, "input")).strip():
-        asked = f"{asked}\n\n{given}"
-    turns.append(_Turn("user", asked, "instruction"))
-    turns.append(_Turn("assistant", _text(row["output"], "output"), "output"))
-    return turns, {"instruction", "input", "output", "system", "history"}
-
-
-def _system_turns(row: dict[str, object]) -> list[_Turn]:
-    system = _optional_text(row, "system")
-    return [_Turn("system", system, "system")] if system.strip() else []
-
-
-def _history_turns(history: object) -> list[_Turn]:
-    if history is None:
-        return []
-    if not isinstance(history, list):
-        raise _wrong_type("history", history, "a list of [question, answer] pairs")
-    turns = []
-    for index, pair in enumerate(history):
-        field = f"history[{index}]"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise _wrong_type(field, pair, "a pair [question, answer]")
-        for role, side in (("user", 0), ("assistant", 1)):
-            turns.append(_Turn(role, _text(pair[side], f"{field}[{side}]"), f"{field}[{side}]"))
-    return turns
-
-
-def _conversation(row: dict[str, object], layout: RowLayout, dropped: list[str]) -> tuple[list[_Turn], set[str]]:
-    """The messages of an OpenAI or ShareGPT row, with a `system` column before them if there is one."""
-    column = layout.required[0]
-    listed = row[column]
-    if not isinstance(listed, list):
-        raise _wrong_type(column, listed, "a list of messages")
-    if not listed:
-        raise _RowRefusedError(
-            "empty_messages",
-            f"the list {column} is empty",
-            field=column,
-            found="an empty list",
-            expected="a user message and an assistant message at least",
-            mend="remove the row",
-        )
-    turns = _system_turns(row)
-    turns += [_turn(item, f"{column}[{index}]", layout, dropped) for index, item in enumerate(listed)]
-    return turns, {column, "system"}
-
-
-def _turn(turn: object, field: str, layout: RowLayout, dropped: list[str]) -> _Turn:
-    openai = layout.shape == "messages"
-    role_key, text_key = ("role", "content") if openai else ("from", "value")
-    if not isinstance(turn, dict):
-        raise _wrong_type(field, turn, f"an object with {role_key} and {text_key}")
-    _refuse_tool_calls(turn, field)
-    for key in (role_key, text_key):
-        if key not in turn:
-            raise _RowRefusedError(
-                "missing_key",
-                f"{field} has no {key!r}; it has: {_listing(list(turn))}",
-                field=f"{field}.{key}",
-                found=_listing(list(turn)),
-                expected=f"{role_key} and {text_key}",
-                mend=f"give the message a {key!r}",
-            )
-    role = _role(turn[role_key], f"{field}.{role_key}", _OPENAI_ROLES if openai else _SHAREGPT_ROLES)
-    for key in turn:
-        name = f"{layout.required[0]}[].{key}"
-        if key not in (role_key, text_key) and name not in dropped:
-            dropped.append(name)
-    text_field = f"{field}.{text_key}"
-    return _Turn(role, _text(turn[text_key], text_field), text_field)
-
-
-def _refuse_tool_calls(turn: dict[str, object], field: str) -> None:
-    called = next((key for key in ("tool_calls", "function_call") if turn.get(key)), None)
-    if called is not None:
-        raise _RowRefusedError(
-            "tool_calls",
-            f"{field} calls a tool, which sft does not train",
-            field=f"{field}.{called}",
-            found=describe(turn[called]),
-            expected="messages of text",
-            mend="remove the row, or write the call as text",
-        )
-
-
-def _role(value: object, field: str, roles: dict[str, str]) -> str:
-    if isinstance(value, str) and value in roles:
-        return roles[value]
-    known = ", ".join(roles)
-    nearest = _nearest(value, list(roles)) if isinstance(value, str) else ""
-    raise _RowRefusedError(
-        "unknown_role",
-        f"unknown role: {describe(value)}{nearest}",
-        field=field,
-        found=describe(value),
-        expected=known,
-        mend=f"use one of: {known}",
-    )
-
-
-def _require_content(turns: list[_Turn]) -> None:
-    """Refuse conversations that hold nothing to learn from, or that chat templates cannot render."""
-    last = turns[-1]
-    if last.role != "assistant":
-        raise _RowRefusedError(
-            "last_not_assistant",
-            f"the last message is of the role {last.role}, so there is no answer to learn",
-            field=last.field,
-            found=last.role,
-            expected="assistant",
-            mend="end the conversation with an answer, or cut what follows the last one",
-        )
-    if not any(turn.role == "user" for turn in turns):
-        raise _RowRefusedError(
-            "no_user_message",
-            "no message is of the user, so there is no prompt",
-            field=turns[0].field,
-            found=", ".join(turn.role for turn in turns[:5]),
-            expected="a user message before the answer",
-            mend="add what was asked",
-        )
-    for index, turn in enumerate(turns):
-        if turn.role == "system" and index > 0:
-            raise _RowRefusedError(
-                "system_not_first",
-                f"message {index + 1} is of the system; only the first may be",
-                field=turn.field,
-                found="system",
-                expected="user or assistant",
-                mend="join the system messages into one at the start",
-            )
-        if not turn.content.strip():
-            raise _empty(turn)
-
-
-def _empty(turn: _Turn) -> _RowRefusedError:
-    name = {"assistant": "answer", "user": "prompt", "system": "system"}[turn.role]
-    return _RowRefusedError(
-        f"empty_{name}",
-        f"the {name} is empty" if name != "system" else "the system message is empty",
-        field=turn.field,
-        found=describe(turn.content),
-        expected="text",
-        mend="fill it in or remove the row",
-    )
-
-
-def _text(value: object, field: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise _wrong_type(field, value, "text")
-
-
-def _optional_text(row: dict[str, object], field: str) -> str:
-    value = row.get(field)
-    return "" if value is None else _text(value, field)
-
-
-def _wrong_type(field: str, value: object, expected: str) -> _RowRefusedError:
-    found = describe(value)
-    return _RowRefusedError(
-        "wrong_type",
-        f"{field} is {found} where {expected} is expected",
-        field=field,
-        found=found,
         expected=expected,
-        mend="put it in quotes" if isinstance(value, int | float) else "write it so, or remove the row",
+        mend=mend,
     )
-
-
-def _is_small_scalar(value: object) -> bool:
-    if isinstance(value, str):
-        return len(value) <= MAX_EXTRA_CHARACTERS
-    if isinstance(value, float):
-        return math.isfinite(value)  # 1e999 is JSON and reads as infinity, which is not
-    if isinstance(value, int):
-        return value.bit_length() <= 64
-    return value is None
-
-
-def _encode(
-    messages: list[dict[str, str]], parsed: ParsedRow, extra: dict[str, object], layout: RowLayout
-) -> tuple[bytes, bytes]:
-    """The row as stored, and its messages alone (what makes it the same as another), both UTF-8 JSON."""
-    stored: dict[str, object] = {"messages": messages, "line": parsed.place}
-    if extra:
-        stored["extra"] = extra
-    try:
-        "".join(parsed.value).encode()
-        return _json(stored) + b"\n", _json(messages)
-    except UnicodeEncodeError as error:
-        found = excerpt(error.object[error.start : error.end])
-        raise _RowRefusedError(
-            "broken_text",
-            f"the row holds half of a surrogate pair ({found}), which is no character",
-            field=layout.required[0],
-            found=found,
-            expected="whole characters",
-            mend="write the character itself, or both halves of its pair",
-        ) from None
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _listing(names: list[str], limit: int = 20) -> str:
-    listed = ", ".join(shown(name) for name in names[:limit])
-    return f"{listed}, … ({len(names)})" if len(names) > limit else listed or "none"
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""Where the rows and images of a dataset lie: a file, a folder, or an archive of one, unpacked where it can do no harm."""
+"""Where the rows and images of a dataset lie: a file, a folder, or an archive, unpacked where it can do no harm."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ class _workbook:  # noqa: N801 (reads as a function)
 
 
 def _refuse_huge_parts(path: Path) -> None:
-    """An Excel file is a zip archive: its shared texts are held in memory, and a small file may unpack to a huge one."""
+    """An Excel file is a zip archive: its shared texts are held in memory, and a small one may unpack to a huge one."""
     with zipfile.ZipFile(path) as archive:
         for part in archive.infolist():
             limit = MAX_SHARED_STRINGS if part.filename.endswith("sharedStrings.xml") else MAX_SHEET_BYTES

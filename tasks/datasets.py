@@ -12,35 +12,37 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from array import array
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from configs.datasets import (
+    IMAGES_FOLDER,
+    KIND_TITLES,
     Columns,
     DatasetReport,
     DatasetVersion,
-    LengthStatistics,
+    Kind,
     Problem,
     RequestedShape,
+    Wanted,
 )
 from configs.errors import UserError
 from configs.settings import load_settings
 from tasks import events
-from tasks.dataset_reading import FileLayout, inspect_file, shown
-from tasks.dataset_shapes import Row, RowLayout, choose_layout, convert_rows
+from tasks.dataset_images import ImageFolder
+from tasks.dataset_reading import shown
+from tasks.dataset_rows import read_stored
+from tasks.dataset_shapes import RowLayout, choose_layout
+from tasks.dataset_sources import ARCHIVES, DATA_SUFFIXES, Source, open_source
+from tasks.dataset_tally import Tally
 
 ROWS_FILE = "rows.jsonl"
 VERSION_FILE = "version.json"
 REPORT_FILE = "report.json"
-MAX_LISTED_COLUMNS = 200
-_MORE_COLUMNS = "(columns past the first 200)"
 _NAME = re.compile(r"\w[\w.-]{0,59}")
 _SPLITS = {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
-_HASHES_AT_ONCE = 1_000_000
 
 
 def check_dataset(
@@ -49,17 +51,20 @@ def check_dataset(
     shape: RequestedShape = "auto",
     *,
     max_problems: int = 3,
+    wanted: Wanted | None = None,
 ) -> DatasetReport:
-    """Read the whole file and report on it, with the first `max_problems` offenders of each kind.
+    """Read a file, a folder or an archive to its end and report, with the first `max_problems` offenders of each kind.
 
-    Problems of rows are counted in the report and never raised. Raises UserError for a file that cannot be
-    used at all: not there, not UTF-8 JSON, empty, of no known shape, or made for another kind of training.
+    Problems of rows are counted in the report and never raised. Raises UserError for what cannot be used at all: not
+    there, not UTF-8, empty, of no known format or shape, or of a kind of rows that is not `wanted`.
     """
     path = Path(path)
-    tally = _Tally(path, inspect_file(path), choose_layout(path, columns, shape), max_problems)
-    for _ in tally.rows():
-        pass
-    return tally.report()
+    with open_source(path) as source:
+        layout = _wanted_layout(source, columns, shape, wanted)
+        tally = Tally(source, layout, ImageFolder(source.root), _size(path, source), max_problems)
+        for _ in tally.rows():
+            pass
+        return tally.report()
 
 
 def add_dataset(
@@ -69,34 +74,62 @@ def add_dataset(
     shape: RequestedShape = "auto",
     *,
     allow_refused: bool = False,
+    wanted: Wanted | None = None,
 ) -> DatasetVersion:
-    """Check the file and store its rows as an immutable version, named after the file unless told otherwise.
+    """Check a file, folder or archive and store its rows, and the images that they show, as an immutable version.
 
-    The same rows under the same name are one version: adding them again returns it. Raises UserError, leaving
-    nothing behind, for what `check_dataset` raises, for any refused row unless `allow_refused`, for no kept
-    row, for a file that could not be read to its end, and for a full disk. The Prefect server, if one stands, is told
-    of a new version.
+    It is named after the file unless told otherwise. The same rows under the same name are one version: adding them
+    again returns it. Raises UserError, leaving nothing behind, for what `check_dataset` raises, for any refused row
+    unless `allow_refused`, for no kept row, for a file that could not be read to its end, and for a full disk. The
+    Prefect server, if one stands, is told of a new version.
     """
     path = Path(path)
     name = _default_name(path) if name is None else _checked_name(name)
-    tally = _Tally(path, inspect_file(path), choose_layout(path, columns, shape))
     store = load_settings().datasets
-    with _told_as_user_error(store), _building_folder(store) as folder:
-        digest = hashlib.sha256()
-        with (folder / ROWS_FILE).open("wb") as file:
-            for row in tally.rows():
-                digest.update(row.stored)
-                file.write(row.stored)
-            _flush(file)
-        report = tally.report()
-        _require_usable(report, allow_refused)
-        _write_records(folder, name, digest.hexdigest(), path, report)
-        new = not (store / name / digest.hexdigest()).exists()
-        version = _publish(folder, store / name / digest.hexdigest())
+    with open_source(path) as source:
+        layout = _wanted_layout(source, columns, shape, wanted)
+        with _told_as_user_error(store), _building_folder(store) as folder:
+            tally = Tally(source, layout, ImageFolder(source.root, folder), _size(path, source))
+            digest = hashlib.sha256()
+            with (folder / ROWS_FILE).open("wb") as file:
+                for row in tally.rows():
+                    digest.update(row.stored)
+                    file.write(row.stored)
+                _flush(file)
+            report = tally.report()
+            _require_usable(report, path, allow_refused)
+            _write_records(folder, name, digest.hexdigest(), path, report)
+            new = not (store / name / digest.hexdigest()).exists()
+            version = _publish(folder, store / name / digest.hexdigest())
     if new:
         labels = {"version": version.reference, "rows": str(version.rows)}
         events.emit(events.DATASET_ADDED, "dataset", version.name, labels)
     return version
+
+
+def _wanted_layout(
+    source: Source, columns: Columns | None, shape: RequestedShape, wanted: Wanted | None
+) -> RowLayout | None:
+    layout = choose_layout(source, columns, shape)
+    if layout is not None and wanted is not None:
+        _require_kind(layout.kind, wanted, file=source.name, line=1, field=", ".join(layout.names))
+    return layout
+
+
+def _size(path: Path, source: Source) -> int:
+    return path.stat().st_size if path.is_file() else source.path.stat().st_size
+
+
+def _require_kind(kind: Kind, wanted: Wanted, **place: Any) -> None:
+    if kind in wanted.kinds:
+        return
+    accepted = " or ".join(KIND_TITLES[each] for each in wanted.kinds)
+    raise UserError(
+        f"these are {KIND_TITLES[kind]}; {wanted.by} takes {accepted}",
+        **place,
+        expected=accepted,
+        mend="name another dataset, or a method for these rows (`tuneline methods list`)",
+    )
 
 
 def list_datasets() -> list[DatasetVersion]:
@@ -136,17 +169,20 @@ def resolve_dataset(
     shape: RequestedShape = "auto",
     *,
     allow_refused: bool = False,
+    wanted: Wanted | None = None,
 ) -> DatasetVersion:
     """The version that a train's `dataset` names: a file, which is added under its own name, or a stored one.
 
-    A file wins over a stored dataset of the same name. Raises UserError as `add_dataset` and `find_dataset`.
+    A file wins over a stored dataset of the same name. Raises UserError as `add_dataset` and `find_dataset`, and for
+    rows of a kind that is not `wanted`.
     """
-    path = Path(reference)
-    if path.parts[:1] == ("~",):
-        path = path.expanduser()
-    if _is_file(path) or _looks_like_path(reference):
-        return add_dataset(path, columns=columns, shape=shape, allow_refused=allow_refused)
-    return find_dataset(str(reference))
+    path = _given_path(reference)
+    if path is not None:
+        return add_dataset(path, columns=columns, shape=shape, allow_refused=allow_refused, wanted=wanted)
+    version = find_dataset(str(reference))
+    if wanted is not None:
+        _require_kind(version.kind, wanted, field="dataset", value=version.reference)
+    return version
 
 
 def check_reference(
@@ -155,17 +191,29 @@ def check_reference(
     shape: RequestedShape = "auto",
     *,
     allow_refused: bool = False,
+    wanted: Wanted | None = None,
 ) -> DatasetReport:
     """The report of what a train's `dataset` names, as `resolve_dataset` would find it; nothing is stored.
 
     Raises UserError where `resolve_dataset` would.
     """
-    path = Path(reference).expanduser()
-    if not (_is_file(path) or _looks_like_path(reference)):
-        return find_dataset(str(reference)).report
-    report = check_dataset(path, columns, shape)
-    _require_usable(report, allow_refused)
+    path = _given_path(reference)
+    if path is None:
+        version = find_dataset(str(reference))
+        if wanted is not None:
+            _require_kind(version.kind, wanted, field="dataset", value=version.reference)
+        return version.report
+    report = check_dataset(path, columns, shape, wanted=wanted)
+    _require_usable(report, path, allow_refused)
     return report
+
+
+def _given_path(reference: str | Path) -> Path | None:
+    """The file or folder that a reference names; None if it is the name of a stored dataset."""
+    path = Path(reference)
+    if path.parts[:1] == ("~",):
+        path = path.expanduser()
+    return path if _is_file(path) or _looks_like_path(reference) else None
 
 
 def write_split(
@@ -173,10 +221,10 @@ def write_split(
 ) -> tuple[int, int]:
     """Write the rows of a version to two files, about `share` of them to the second; return the two counts.
 
-    The side of a row follows from its messages and the seed alone, so that it stays when rows are added, and
+    The side of a row follows from its content and the seed alone, so that it stays when rows are added, and
     equal rows are never on both sides. The share is met on average: of few rows it can be well off. If one
-    side would be empty, the rows nearest to the border go there. Raises UserError for a share outside 0 to 1,
-    and for a version without two different rows.
+    side would be empty, the rows nearest to the border go there. The images that rows show are linked beside them.
+    Raises UserError for a share outside 0 to 1, and for a version without two different rows.
     """
     if not 0 < share < 1:
         raise UserError(
@@ -194,123 +242,20 @@ def write_split(
             side = int(draw < border)
             files[side].write(line)
             counts[side] += 1
+        if version.images.is_dir():
+            for folder in {path.parent for path in paths}:
+                _link(folder / IMAGES_FOLDER, version.images)
     return counts[0], counts[1]
 
 
-class _Tally:
-    """Counts what one reading of a file finds.
-
-    Besides the offenders told, memory grows by 8 bytes a row: the hashes that find duplicates.
-    """
-
-    def __init__(self, path: Path, file_layout: FileLayout, layout: RowLayout | None, max_problems: int = 3) -> None:
-        self._path, self._file_layout, self._layout = path, file_layout, layout
-        self._max_problems = max_problems
-        self._kept = 0
-        self._complete = True
-        self._kinds: Counter[str] = Counter()
-        self._refused: Counter[str] = Counter()
-        self._warnings: Counter[str] = Counter()
-        self._problems: list[Problem] = []
-        self._columns: Counter[str] = Counter()
-        self._extra_kept: Counter[str] = Counter()
-        self._extra_dropped: Counter[str] = Counter()
-        self._prompts: Counter[int] = Counter()
-        self._answers: Counter[int] = Counter()
-        self._turns: Counter[int] = Counter()
-        self._hashes = array("Q")
-
-    def rows(self) -> Iterator[Row]:
-        """Read the file once; the kept rows pass through, everything is counted."""
-        for item in convert_rows(self._path, self._layout):
-            if isinstance(item, Problem):
-                self._count_problem(item)
-            else:
-                self._count_row(item)
-                yield item
-
-    def report(self) -> DatasetReport:
-        """What was found; call it when `rows` is exhausted."""
-        layout = self._layout
-        return DatasetReport(
-            file=str(self._path),
-            format=self._file_layout.format,
-            shape=layout.shape if layout else None,
-            columns=layout.columns if layout else Columns(),
-            notes=list(self._file_layout.notes),
-            size_bytes=self._path.stat().st_size,
-            complete=self._complete,
-            rows_read=self._kept + sum(self._refused.values()),
-            rows_kept=self._kept,
-            refused=dict(self._refused),
-            warnings=dict(self._warnings),
-            problems=[item.model_copy(update={"count": self._kinds[item.kind]}) for item in self._problems],
-            columns_seen=dict(self._columns),
-            extra_kept=dict(self._extra_kept),
-            extra_dropped=dict(self._extra_dropped),
-            duplicate_rows=_count_duplicates(self._hashes),
-            empty_answers=self._refused["empty_answer"],
-            prompt_characters=_statistics(self._prompts),
-            answer_characters=_statistics(self._answers),
-            turns=_statistics(self._turns),
-        )
-
-    def _count_problem(self, problem: Problem) -> None:
-        self._kinds[problem.kind] += 1
-        (self._warnings if problem.level == "warning" else self._refused)[problem.kind] += 1
-        if problem.level == "fatal":
-            self._complete = False
-        if self._kinds[problem.kind] <= self._max_problems:
-            self._problems.append(problem)
-
-    def _count_row(self, row: Row) -> None:
-        self._kept += 1
-        _count_names(self._columns, row.columns)
-        _count_names(self._extra_kept, tuple(row.extra))
-        _count_names(self._extra_dropped, row.dropped)
-        self._prompts[row.prompt_characters] += 1
-        self._answers[row.answer_characters] += 1
-        self._turns[row.turns] += 1
-        self._hashes.append(int.from_bytes(hashlib.sha256(row.content).digest()[:8]))
+def _link(link: Path, target: Path) -> None:
+    """Point a symbolic link at a folder, whatever it pointed at before."""
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(target.resolve(), target_is_directory=True)
 
 
-def _count_names(counter: Counter[str], names: tuple[str, ...]) -> None:
-    # A file whose keys are data would otherwise fill the memory.
-    for name in names:
-        counter[name if name in counter or len(counter) < MAX_LISTED_COLUMNS else _MORE_COLUMNS] += 1
-
-
-def _count_duplicates(hashes: array[int]) -> int:
-    """How many hashes repeat an earlier one, in sets of about a million, so that memory stays bounded."""
-    parts = len(hashes) // _HASHES_AT_ONCE + 1
-    distinct = sum(len({item for item in hashes if item % parts == part}) for part in range(parts))
-    return len(hashes) - distinct
-
-
-def _statistics(lengths: Counter[int]) -> LengthStatistics | None:
-    if not lengths:
-        return None
-    total = lengths.total()
-    ordered = sorted(lengths.items())
-    return LengthStatistics(
-        min=ordered[0][0],
-        mean=round(sum(length * count for length, count in ordered) / total, 2),
-        p50=_percentile(ordered, total, 50),
-        p95=_percentile(ordered, total, 95),
-        max=ordered[-1][0],
-    )
-
-
-def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int:
-    rank = -(-total * percent // 100)
-    for length, count in ordered:
-        rank -= count
-        if rank <= 0:
-            return length
-    return ordered[-1][0]
-
-
-def _require_usable(report: DatasetReport, allow_refused: bool) -> None:
+def _require_usable(report: DatasetReport, path: Path, allow_refused: bool) -> None:
     if report.ok or (allow_refused and report.complete and report.rows_kept > 0):
         return
     if report.rows_read == 0:
@@ -325,22 +270,23 @@ def _require_usable(report: DatasetReport, allow_refused: bool) -> None:
         line=first.line,
         field=first.field,
         expected=first.expected,
-        mend=f"{first.mend}; `tuneline datasets check {report.file}` tells of all",
+        mend=f"{first.mend}; `tuneline datasets check {path}` tells of all",
     )
 
 
 def _at_row(report: DatasetReport, problem: Problem) -> str:
-    return f"row {problem.row}: " if report.format == "json" else ""
+    return f"row {problem.row}: " if report.format in ("json", "parquet") else ""
 
 
 def _write_records(folder: Path, name: str, digest: str, source: Path, report: DatasetReport) -> None:
-    if report.shape is None:
+    if report.shape is None or report.kind is None:
         raise ValueError("a dataset without a shape has no rows to store")
     version = DatasetVersion(
         name=name,
         digest=digest,
         rows=report.rows_kept,
         shape=report.shape,
+        kind=report.kind,
         columns=report.columns,
         source=str(source.resolve()),
         created=datetime.now(UTC),
@@ -365,8 +311,8 @@ def _flush(file: BinaryIO) -> None:
 
 def _publish(folder: Path, target: Path) -> DatasetVersion:
     """Give the finished folder its name; if that version is there already, it stays and is returned."""
-    for file in folder.iterdir():
-        file.chmod(0o444)
+    for item in folder.rglob("*"):
+        item.chmod(0o755 if item.is_dir() else 0o444)
     folder.chmod(0o755)
     target.parent.mkdir(exist_ok=True)
     try:
@@ -442,7 +388,10 @@ def _load_version(folder: Path) -> DatasetVersion:
 
 def _default_name(path: Path) -> str:
     """The file's name; for one that only tells the split, the folder's name before it: `orders-train`."""
-    stem = _slug(path.stem)
+    bare = path.name
+    for suffix in (".tar.gz", path.suffix):
+        bare = bare.removesuffix(suffix) if suffix else bare
+    stem = _slug(bare if path.is_file() else path.absolute().name)
     folder = path.absolute().parent.name
     return _slug(f"{folder}-{stem}") if stem.lower() in _SPLITS and folder else stem
 
@@ -479,7 +428,7 @@ def _looks_like_path(reference: str | Path) -> bool:
 
 
 def _names_data_file(text: str) -> bool:
-    return Path(text).suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".xlsx")
+    return text.lower().endswith((*DATA_SUFFIXES, *ARCHIVES))
 
 
 def _unknown_dataset(reference: str, name: str, names: list[str]) -> UserError:
@@ -500,12 +449,12 @@ def _unknown_dataset(reference: str, name: str, names: list[str]) -> UserError:
 
 
 def _draws(version: DatasetVersion, seed: int) -> Iterator[tuple[int, bytes]]:
-    """Each stored row with a number from 0 to 2**64 - 1 drawn from its messages and the seed."""
-    with version.path.open("rb") as file:
-        for line in file:
-            messages = json.dumps(json.loads(line)["messages"], ensure_ascii=False)
-            digest = hashlib.sha256(f"{seed}\n{messages}".encode()).digest()
-            yield int.from_bytes(digest[:8]), line
+    """Each stored row with a number from 0 to 2**64 - 1 drawn from its content and the seed."""
+    for _, body, line in read_stored(version.path):
+        # Conversations were drawn by their messages before there were other kinds, and keep their side.
+        content = json.dumps(body["messages"] if version.kind == "chat" else body, ensure_ascii=False)
+        digest = hashlib.sha256(f"{seed}\n{content}".encode()).digest()
+        yield int.from_bytes(digest[:8]), line
 
 
 def _border(version: DatasetVersion, share: float, seed: int) -> int:

@@ -172,7 +172,12 @@ def log_dataset(run_id: str, version: Any, context: str) -> None:
     """Record a dataset version as MLflow dataset input: digest, shape, counts."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    profile = {"num_rows": version.rows, "shape": version.shape, "refused": version.report.rows_refused}
+    profile = {
+        "num_rows": version.rows,
+        "kind": version.kind,
+        "shape": version.shape,
+        "refused": version.report.rows_refused,
+    }
     schema = {"columns_seen": version.report.columns_seen, "stored": ["messages", "line"]}
     dataset = Dataset(
         name=version.name,

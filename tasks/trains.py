@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.datasets import Columns, DatasetVersion
+from configs.datasets import Columns, DatasetVersion, Wanted
 from configs.errors import UserError
 from configs.records import ModelRecord, TrainRecord, TrainStatus, now
 from configs.settings import Settings, load_settings
@@ -281,7 +281,11 @@ def prepare_datasets(record: TrainRecord) -> TrainRecord:
 
 def _resolve(config: TrainConfig, reference: str, columns: Columns) -> DatasetVersion:
     return resolve_dataset(
-        reference, columns=columns, shape=config.dataset_shape, allow_refused=config.allow_refused_rows
+        reference,
+        columns=columns,
+        shape=config.dataset_shape,
+        allow_refused=config.allow_refused_rows,
+        wanted=Wanted(config.method, find_method(config.method).kinds),
     )
 
 

@@ -43,7 +43,7 @@ BAD_ROWS: dict[str, tuple[bytes, list[str]]] = {
     ),
     "preference pairs": (
         b'{"prompt": "x", "chosen": "y", "rejected": "z"}\n',
-        ["rows.jsonl:1: these are preference pairs", "field: chosen, rejected"],
+        ["rows.jsonl:1: these are preference pairs; sft takes conversations", "field: chosen, rejected"],
     ),
     "comma-separated values": (b"prompt,completion\na,b\n", ["rows.jsonl:1"]),
     "empty answer": (TWO_ROWS + b'{"prompt": "x", "completion": ""}\n', ["rows.jsonl:3", "field: completion"]),
@@ -53,7 +53,10 @@ BAD_ROWS: dict[str, tuple[bytes, list[str]]] = {
 BAD_TRAINS: dict[str, tuple[str, list[str]]] = {
     "no dataset file": ("name: t\nbase_model: base\ndataset: gone.jsonl\n", ["gone.jsonl: there is no such dataset"]),
     "no dataset of the name": ("name: t\nbase_model: base\ndataset: gone\n", ["there is no dataset 'gone'"]),
-    "CSV": ("name: t\nbase_model: base\ndataset: table.csv\n", ["table.csv: CSV is not read yet", "to mend: convert"]),
+    "old Excel format": (
+        "name: t\nbase_model: base\ndataset: table.xls\n",
+        ["table.xls: the old Excel format is not read", "to mend: save it as .xlsx"],
+    ),
     "no base model": (
         "name: t\nbase_model: smollm2-135m-instuct\ndataset: rows.jsonl\n",
         ["there is no such base model", "did you mean smollm2-135m-instruct"],
@@ -146,7 +149,7 @@ def work(tmp_path: Path) -> Path:
         (tmp_path / name / weights).touch()
     (tmp_path / "rows.jsonl").write_bytes(TWO_ROWS)
     (tmp_path / "train.yaml").write_text(TRAIN)
-    (tmp_path / "table.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "table.xls").write_bytes(b"\xd0\xcf\x11\xe0")
     (tmp_path / "types.jsonl").write_text('{"prediction": 3, "reference": "x"}\n')
     return tmp_path
 

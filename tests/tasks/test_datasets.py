@@ -19,8 +19,10 @@ from pydantic import ValidationError
 from configs.datasets import Columns, DatasetReport, Problem
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
+from tasks.dataset_conversion import Row, read_rows
+from tasks.dataset_images import ImageFolder
 from tasks.dataset_reading import MAX_ROW_BYTES
-from tasks.dataset_shapes import read_rows
+from tasks.dataset_sources import open_source
 from tasks.datasets import (
     add_dataset,
     check_dataset,
@@ -47,11 +49,16 @@ def write_rows(path: Path, *rows: object) -> Path:
     return path
 
 
+def items_of(path: Path, columns: Columns | None = None) -> list[Row | Problem]:
+    with open_source(path) as source:
+        return list(read_rows(source, ImageFolder(source.root), columns))
+
+
 def messages_of(path: Path, columns: Columns | None = None) -> list[list[tuple[str, str]]]:
     rows = []
-    for item in read_rows(path, columns):
+    for item in items_of(path, columns):
         assert not isinstance(item, Problem), item
-        rows.append([(message["role"], message["content"]) for message in item.messages])
+        rows.append([(message["role"], message["content"]) for message in item.body["messages"]])
     return rows
 
 
@@ -185,7 +192,7 @@ CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "preference_pairs",
             "chosen, rejected",
-            "sft",
+            "the row is a preference pair, the file's first rows are conversations",
         ),
         (GOOD, {**GOOD, "images": ["a.jpg"]}, "vision_language", "images", "vision-language data"),
         (GOOD, {"prompt": "a\ud83d", "completion": "b"}, "broken_text", "prompt", "surrogate"),
@@ -333,9 +340,9 @@ def test_escaped_surrogate_pair_survives_and_half_of_one_is_refused_in_an_array(
     path.write_text(
         r'[{"prompt":"\ud83d\ude00","completion":"b"},{"prompt":"\ud83d","completion":"b"}]', encoding="utf-8"
     )
-    items = list(read_rows(path))
+    items = items_of(path)
     assert not isinstance(items[0], Problem)
-    assert items[0].messages[0]["content"] == "😀"
+    assert items[0].body["messages"][0]["content"] == "😀"
     assert isinstance(items[1], Problem)
     assert items[1].kind == "broken_text"
 
@@ -425,8 +432,11 @@ def test_statistics_and_duplicates_are_exact(tmp_path: Path) -> None:
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-16"), "encoded in UTF-16"),
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "encoded in UTF-16"),
         ("data.jsonl", '{"prompt": "a"}'.encode("utf-32"), "encoded in UTF-32"),
-        ("data.csv", b"prompt,completion\na,b\n", "CSV is not read yet"),
-        ("data.parquet", b"PAR1", "Parquet is not read yet"),
+        ("data.csv", b"prompt\na\n", "no separator"),
+        ("data.parquet", b"PAR1", "no Parquet file"),
+        ("data.xlsx", b"PK", "no Excel file"),
+        ("data.zip", b"PK", "archive is damaged"),
+        ("data.xls", b"\xd0\xcf", "old Excel format is not read"),
         ("data.txt", b"hello", "not JSON: it starts with the text 'h'"),
         ("data", b"\x80\x04", "not JSON"),
     ],
@@ -447,7 +457,7 @@ def test_unusable_file_is_told_with_a_way_to_mend_it(
 def test_missing_file_and_folder_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such dataset file"):
         check_dataset(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="no file of rows and no images"):
         check_dataset(tmp_path)
 
 
@@ -474,18 +484,6 @@ def test_byte_order_mark_is_skipped_and_noted(tmp_path: Path) -> None:
         report = check_dataset(path)
         assert report.ok
         assert "byte-order mark" in report.notes[0]
-
-
-@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
-def test_conversion_command_told_for_csv_works(tmp_path: Path, suffix: str, separator: str) -> None:
-    path = tmp_path / f"data.{suffix}"
-    path.write_text(f'prompt{separator}completion\n"你{separator}\n好"{separator}b\n', encoding="utf-8-sig")
-    with pytest.raises(UserError) as caught:
-        check_dataset(path)
-    command = str(caught.value.mend).removeprefix("convert it: ").replace("python", sys.executable, 1)
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, check=True)
-    assert messages_of(tmp_path / "data.jsonl") == [[("user", f"你{separator}\n好"), ("assistant", "b")]]
 
 
 # Versions
@@ -755,8 +753,19 @@ def test_shared_files_are_read_where_they_lie() -> None:
 
 
 @needs_shared
-def test_shared_files_for_other_tasks_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="preference pairs; sft trains on answers"):
-        check_dataset(SHARED / "dpo_en_demo.json")
-    with pytest.raises(UserError, match="vision-language data"):
-        check_dataset(SHARED / "mllm_demo.json")
+def test_all_shared_files_are_recognised_and_stored() -> None:
+    kinds = {}
+    for path in sorted(SHARED.glob("*.json*")):
+        version = add_dataset(path)
+        assert version.report.ok, path
+        kinds[path.name] = version.kind
+    assert {name: kinds[name] for name in ("dpo_en_demo.json", "mllm_demo.json", "gsm8k_train_2000.jsonl")} == {
+        "dpo_en_demo.json": "preference",
+        "mllm_demo.json": "vision",
+        "gsm8k_train_2000.jsonl": "chat",
+    }
+    vision = find_dataset("mllm_demo")
+    shown = [json.loads(line)["images"] for line in vision.path.read_text(encoding="utf-8").splitlines()]
+    assert len(shown) == 6
+    assert all((vision.path.parent / image).is_file() for images in shown for image in images)
+    assert vision.report.images == 3
