@@ -190,6 +190,9 @@ def test_progress_is_followed_on_the_page_to_the_end(site: Site, first: str) -> 
     site.page.get_by_role("tab", name="Logs").click()
     site.page.get_by_text(re.compile("training: reading the data")).first.wait_for(timeout=120_000)
     site.picture("04-run-while-it-trains")
+    # The page draws only the lines in sight: with the newest on top, one sees what happens without scrolling.
+    site.page.get_by_role("combobox").filter(has_text="Oldest to newest").click()
+    site.page.get_by_role("option", name="Newest to oldest").click()
     # Nothing is reloaded: name, log and state change under the eyes of whoever looks.
     site.page.get_by_text(re.compile(rf"training: {STEPS}/{STEPS}  loss .* tokens/s .*done")).first.wait_for(
         timeout=120_000
@@ -267,6 +270,8 @@ def test_mlflow_shows_both_with_different_parameters_and_both_curves(site: Site,
 
     page.goto(f"{site.mlflow}/#/experiments/1/runs?compareRunsMode=CHART")
     page.reload()
+    # The page draws only the charts in sight; the search takes a regular expression.
+    page.get_by_placeholder("Search metric charts").fill("^(eval_)?loss$")
     chart = page.locator("[data-testid='experiment-view-compare-runs-card']").filter(
         has=page.get_by_text("loss", exact=True)
     )
@@ -291,7 +296,7 @@ def test_train_cancelled_on_the_page_stops_with_all_its_processes(site: Site, se
     site.open_run(run)
     site.menu("Cancel")
     site.picture("11-cancel")
-    site.page.get_by_role("dialog").get_by_role("button", name=re.compile("Cancel Run|Yes|Confirm|Cancel run")).click()
+    site.page.get_by_role("button", name="Cancel Flow Run").click()
     site.page.get_by_text("Cancelled", exact=True).first.wait_for(timeout=90_000)
     site.picture("12-cancelled")
     wait_for(lambda: processes_naming(str(folder)) == [])
