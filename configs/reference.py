@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pydantic import BaseModel
 
 from configs.aliases import SPELLINGS
 from configs.train import Hyperparameters, TrainConfig, Typical
+
+if TYPE_CHECKING:
+    from methods.manifest import Method
 
 _DEFAULTS_IN_WORDS = ("required", "see below", "none", "not set", "empty")
 
@@ -85,19 +88,53 @@ class Parameter(NamedTuple):
     meaning: str
 
 
-def parameters() -> dict[str, list[Parameter]]:
-    """All parameters by heading: first the train's own, then the hyper-parameters."""
+def parameters(method: Method | None = None) -> dict[str, list[Parameter]]:
+    """All parameters by heading: first the train's own, then the hyper-parameters.
+
+    With a method the hyper-parameters are those that it uses, with its defaults and choices, and its own follow.
+    """
     models: dict[str, type[BaseModel]] = {"Train": TrainConfig, "Hyper-parameters": Hyperparameters}
-    return {
+    found = {
         heading: [_parameter(name, schema, model) for name, schema in fields_of(model).items()]
         for heading, model in models.items()
     }
+    if method is not None:
+        used = [each for each in found["Hyper-parameters"] if each.name in method.hyperparameter_names]
+        found["Hyper-parameters"] = [_as_taken(each, method) for each in used]
+        if method.parameters:
+            own = [_own_parameter(name, schema) for name, schema in method.parameters.items()]
+            found[f"Parameters of {method.name}"] = own
+    return found
 
 
-def parameter_table() -> str:
+def _as_taken(parameter: Parameter, method: Method) -> Parameter:
+    """A common hyper-parameter with the method's own default and choices."""
+    name = parameter.name
+    if name in method.hyperparameter_defaults:
+        parameter = parameter._replace(default=_value_text(method.hyperparameter_default(name)))
+    if name in method.hyperparameters.choices:
+        choices = ", ".join(map(str, method.hyperparameters.choices[name]))
+        parameter = parameter._replace(limits=f"one of {choices}")
+    return parameter
+
+
+def _own_parameter(name: str, schema: dict[str, Any]) -> Parameter:
+    from configs.parameter_schemas import limits
+
+    return Parameter(
+        name=name,
+        spellings=(),
+        default="required" if schema.get("required") else _value_text(schema["default"]),
+        limits=limits(schema),
+        typical="",
+        meaning=str(schema.get("description", "")),
+    )
+
+
+def parameter_table(method: Method | None = None) -> str:
     """The reference table of all parameters in Markdown."""
     parts = []
-    for heading, found in parameters().items():
+    for heading, found in parameters(method).items():
         lines = [
             f"### {heading}",
             "",
@@ -141,8 +178,12 @@ def _default_text(name: str, model: type[BaseModel]) -> str:
         return "required"
     if field.default_factory is not None:
         return "see below" if name == "hyperparameters" else "none"
-    if field.default is None:
+    return _value_text(field.default)
+
+
+def _value_text(value: object) -> str:
+    if value is None:
         return "not set"
-    if field.default == "":
+    if value == "":
         return "empty"
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+    return str(value).lower() if isinstance(value, bool) else str(value)

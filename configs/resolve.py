@@ -2,13 +2,13 @@
 
 Every value keeps its origin.
 
-Precedence, the last one wins: default, preset, copied train, file, command line.
+Precedence, the last one wins: default, the method's own default, preset, copied train, file, command line.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from configs.aliases import (
     spelling_table,
 )
 from configs.errors import UserError
+from configs.method_values import OWN, filled, own_name, own_schema, problems_of_method
 from configs.reference import fields_of, is_typical, limits_of, typical_of, typical_text
 from configs.strict_yaml import YamlFile, parse_scalar, read_yaml
 from configs.train import Hyperparameters, TrainConfig, effective_through
 from configs.validation_errors import Place, Problem, dotted, one_error, problems_of
+from methods.registry import Method, find_method, known_method
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 DEFAULT = "default"
@@ -87,7 +89,7 @@ class _Notes:
 
 _Layer = dict[str, _Given]
 _Keys = tuple[str, ...]
-_Items = Iterable[tuple[_Keys, Any, Place]]
+_Items = list[tuple[_Keys, Any, Place]]
 
 
 def list_presets() -> dict[str, Preset]:
@@ -110,30 +112,43 @@ def resolve_train(
     Raises UserError that lists every problem found.
     """
     notes = _Notes()
-    file_layer = _file_layer(read_yaml(file), notes) if file is not None else {}
-    copied_layer = _copied_layer(copied, copied_from, notes) if copied is not None else {}
-    override_layer = _override_layer(overrides, notes)
-    given_preset = _chosen_preset(preset, override_layer, file_layer, copied_layer)
-    preset_layer = _preset_layer(given_preset, notes) if given_preset is not None else {}
+    file_items = _file_items(read_yaml(file)) if file is not None else []
+    copied_items = _copied_items(copied, copied_from) if copied is not None else []
+    override_items = _override_items(overrides)
+    given_preset = _chosen_preset(preset, override_items, file_items, copied_items)
+    preset_items = _preset_items(given_preset) if given_preset is not None else []
+    # The method decides which names there are, so it must be known before the names are looked up.
+    method = _chosen_method(override_items, file_items, copied_items, preset_items)
 
-    merged = _resolve_paths({**preset_layer, **copied_layer, **file_layer, **override_layer}, file)
-    config = _checked(merged, file, notes.problems)
+    preset_layer, file_layer = (_collect(items, method, notes) for items in (preset_items, file_items))
+    copied_layer = _collect(_without_other_method(copied_items, method, notes), method, notes)
+    override_layer = _typed_layer(_collect(override_items, method, notes), method)
+    merged = _method_layer(method) | preset_layer | copied_layer | file_layer | override_layer
+    merged.pop("preset", None)
+    merged = _resolve_paths(merged, method, file)
+    config = _checked(merged, method, file, notes.problems)
     origins = _origins(config, merged)
     warnings = [
         *notes.warnings,
         *_hidden_preset(preset_layer, copied_layer, merged),
-        *_all_warnings(config, merged, given_preset),
+        *_all_warnings(config, method, merged, given_preset),
     ]
     return ResolvedTrain(config=config, origins=origins, warnings=warnings)
 
 
 def effective(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as a nested dict with derived values spelled out: `lora_alpha` and `through`."""
+    """The configuration as a nested dict with derived values spelled out: `lora_alpha` and `through`.
+
+    Hyper-parameters that the method has no use for are left out.
+    """
     values = config.model_dump(mode="json")
     values["through"] = effective_through(config)
     hyper = values["hyperparameters"]
     if hyper["lora_alpha"] is None:
         hyper["lora_alpha"] = 2 * hyper["lora_rank"]
+    method = known_method(config.method)
+    for name in method.hyperparameters.unused if method is not None else ():
+        del hyper[name]
     return values
 
 
@@ -172,25 +187,25 @@ def _parent_origin(name: str, origins: Mapping[str, str]) -> str:
 # Layers
 
 
-def _file_layer(source: YamlFile, notes: _Notes) -> _Layer:
+def _file_items(source: YamlFile) -> _Items:
     def place(keys: _Keys) -> Place:
         line = source.lines.get(keys)
         return Place(".".join(keys), f"file {source.path}:{line}", source.path, line)
 
-    return _collect(_walk(source.values, place), notes)
+    return list(_walk(source.values, place))
 
 
-def _copied_layer(copied: Mapping[str, Any], copied_from: str | None, notes: _Notes) -> _Layer:
+def _copied_items(copied: Mapping[str, Any], copied_from: str | None) -> _Items:
     train = copied_from or str(copied.get("name", "a train"))
 
     def place(keys: _Keys) -> Place:
         return Place(".".join(keys), f"copied from {train}")
 
-    return _collect(_walk(copied, place), notes)
+    return list(_walk(copied, place))
 
 
-def _override_layer(overrides: Sequence[str], notes: _Notes) -> _Layer:
-    items: list[tuple[_Keys, Any, Place]] = []
+def _override_items(overrides: Sequence[str]) -> _Items:
+    items: _Items = []
     for override in overrides:
         spelling, equals, text = override.partition("=")
         keys = tuple(part.strip() for part in spelling.split("."))
@@ -205,38 +220,56 @@ def _override_layer(overrides: Sequence[str], notes: _Notes) -> _Layer:
         if len(keys) > 1 and group is not None and group in _GROUPS:
             keys = (group, *keys[1:])
         items.append((keys, text.strip(), Place(spelling.strip(), COMMAND_LINE)))
-    layer = _collect(items, notes)
-    return {name: replace(given, value=_typed(name, given.value)) for name, given in layer.items()}
+    return items
 
 
-def _typed(name: str, text: Any) -> Any:
+def _typed_layer(layer: _Layer, method: Method) -> _Layer:
+    """What the command line gave, its texts as the values that they stand for."""
+    return {name: replace(given, value=_typed(name, given.value, method)) for name, given in layer.items()}
+
+
+def _typed(name: str, text: Any, method: Method) -> Any:
     """The value of a command-line text. A text field keeps it: `007` stays 007, `fix #3` keeps its `#3`."""
     if not isinstance(text, str):
         return text
-    if not _is_text_field(name):
-        return canonical_value(name.rpartition(".")[2], parse_scalar(text))
-    if text in ("null", "~", "") and _TRAIN_FIELDS[name].get("default") is None:
+    own = own_schema(method, name)
+    if not _is_text_field(name, method):
+        return parse_scalar(text) if own is not None else canonical_value(name.rpartition(".")[2], parse_scalar(text))
+    if text in ("null", "~", "") and (own if own is not None else _TRAIN_FIELDS[name]).get("default") is None:
         return None
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return parse_scalar(text) if quoted else text
 
 
-def _is_text_field(name: str) -> bool:
-    schema = _TRAIN_FIELDS.get(name, {})
+def _is_text_field(name: str, method: Method) -> bool:
+    schema = own_schema(method, name) or _TRAIN_FIELDS.get(name, {})
     kinds = [schema, *schema.get("anyOf", [])]
     return any(kind.get("type") == "string" for kind in kinds)
 
 
-def _preset_layer(given: _Given, notes: _Notes) -> _Layer:
+def _preset_items(given: _Given) -> _Items:
     name, preset, source = _find_preset(given)
 
     def place(keys: _Keys) -> Place:
         return Place(".".join(keys), f"preset {name}", source.path, source.lines.get(("values", *keys)))
 
-    return _collect(_walk(preset.values, place), notes)
+    return list(_walk(preset.values, place))
 
 
-def _walk(values: Mapping[str, Any], place: Callable[[_Keys], Place]) -> _Items:
+def _method_layer(method: Method) -> _Layer:
+    """The method's own defaults of the common hyper-parameters."""
+    origin = _method_origin(method)
+    return {
+        f"hyperparameters.{name}": _Given(f"hyperparameters.{name}", value, Place(name, origin))
+        for name, value in method.hyperparameter_defaults.items()
+    }
+
+
+def _method_origin(method: Method) -> str:
+    return f"method {method.name}"
+
+
+def _walk(values: Mapping[str, Any], place: Callable[[_Keys], Place]) -> Iterator[tuple[_Keys, Any, Place]]:
     """The items of a mapping, with `hyperparameters:` and `method_params:` opened one level."""
     for key, value in values.items():
         group = canonical_name(key, _TABLE)
@@ -249,7 +282,50 @@ def _walk(values: Mapping[str, Any], place: Callable[[_Keys], Place]) -> _Items:
             raise Problem(_IMPOSSIBLE, key, place((key,)), value, "`name: value` pairs").as_error(None)
 
 
-def _collect(items: _Items, notes: _Notes) -> _Layer:
+def _named(items: _Items, name: str) -> _Given | None:
+    """What the items give the train's field of that name, whatever its spelling; None: nothing."""
+    found = (_Given(name, value, place) for keys, value, place in items if keys[1:] == () and _is(keys[0], name))
+    return next((given for given in found if given.value is not None), None)
+
+
+def _is(spelling: str, name: str) -> bool:
+    return canonical_name(spelling, _TABLE) == name
+
+
+def _chosen_method(*layers: _Items) -> Method:
+    """The method that counts: that of the first of the layers that names one."""
+    given = next(filter(None, (_named(items, "method") for items in layers)), None)
+    name = canonical_value("method", given.value) if given is not None else None
+    if given is None or not isinstance(name, str):  # what is no text is refused with everything else
+        return find_method(TrainConfig.model_fields["method"].default)
+    try:
+        return find_method(name)
+    except UserError as error:
+        if error.file is not None:  # its manifest is defective
+            raise
+        raise Problem(error.problem, "method", given.place, name, error.expected, error.mend).as_error(None) from error
+
+
+def _without_other_method(copied: _Items, method: Method, notes: _Notes) -> _Items:
+    """What was copied, without what only the method of the copied train can read, if it is another one."""
+    given = _named(copied, "method")
+    if given is None or given.value == method.name:
+        return copied
+    before, kept = known_method(str(given.value)), []
+    for keys, value, place in copied:
+        own = keys[0] == OWN
+        if own or (keys[0] == "hyperparameters" and keys[-1] in method.hyperparameters.unused):
+            default = before.parameter_defaults.get(keys[-1]) if own and before is not None else None
+            common = Hyperparameters.model_fields[keys[-1]].default if not own else default
+            if value != common:
+                left_out = f"{place} = {value!r} is left out: the method {method.name} has no such parameter"
+                notes.warnings.append(left_out)
+            continue
+        kept.append((keys, value, place))
+    return kept
+
+
+def _collect(items: _Items, method: Method, notes: _Notes) -> _Layer:
     """Items under their canonical names; refuses unknown names and two spellings that disagree."""
     layer: _Layer = {}
     for keys, value, place in items:
@@ -257,43 +333,51 @@ def _collect(items: _Items, notes: _Notes) -> _Layer:
         if reason is not None and keys[0] != "method_params":
             notes.warnings.append(f"{place}: has no effect; {reason}")
             continue
-        name = _canonical(keys)
+        name = _canonical(keys, method)
         if name is None:
-            notes.problems.append(_unknown(keys, place, value))
+            notes.problems.append(_unknown(keys, place, value, method))
             continue
-        given = _Given(name, _plain(name, value), place)
+        given = _Given(name, _plain(name, value, method), place)
         earlier = layer.get(name)
-        if earlier is not None and not _same(earlier, given):
+        if earlier is not None and not _same(earlier, given, method):
             notes.problems.append(_disagreement(earlier, given))
             continue
         layer.setdefault(name, given)
     return layer
 
 
-def _same(one: _Given, other: _Given) -> bool:
+def _same(one: _Given, other: _Given, method: Method) -> bool:
     values = []
     for item in (one, other):
         value = item.value
-        if isinstance(value, str) and not _is_text_field(item.name):
+        if isinstance(value, str) and not _is_text_field(item.name, method):
             value = parse_scalar(value)
         values.append(value)
     return bool(values[0] == values[1])
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: Any, method: Method) -> Any:
     group, _, last = name.rpartition(".")
-    if group == "method_params":
-        return value
+    if name.startswith(f"{OWN}."):
+        is_switch = (own_schema(method, name) or {}).get("type") == "boolean"
+        return canonical_switch(value) if is_switch else value
     schema = _HYPER_FIELDS.get(last) if group else _TRAIN_FIELDS.get(last)
     if schema is not None and schema.get("type") == "boolean":
         return canonical_switch(value)
     return canonical_value(last, value)
 
 
-def _canonical(keys: _Keys) -> str | None:
-    """The dotted canonical name of a key path, or None if there is no such parameter."""
-    if keys[0] == "method_params":
-        return ".".join(keys) if len(keys) > 1 else None
+def _canonical(keys: _Keys, method: Method) -> str | None:
+    """The dotted canonical name of a key path, or None if there is no such parameter.
+
+    A parameter that only the method has is found without its group as well: `beta` is `method_params.beta`.
+    """
+    if keys[0] == OWN:
+        return ".".join((OWN, own_name(method, keys[1]) or keys[1], *keys[2:])) if len(keys) > 1 else None
+    inside = keys[1:] if keys[0] == "hyperparameters" else keys
+    own = own_name(method, inside[0]) if inside else None
+    if own is not None:
+        return ".".join((OWN, own, *inside[1:]))
     if len(keys) > 2 or (len(keys) == 2 and keys[0] != "hyperparameters"):
         return None
     name = canonical_name(keys[-1], _TABLE)
@@ -302,11 +386,13 @@ def _canonical(keys: _Keys) -> str | None:
     return name if len(keys) == 1 and name not in (None, "hyperparameters", "method_params") else None
 
 
-def _unknown(keys: _Keys, place: Place, value: object) -> Problem:
+def _unknown(keys: _Keys, place: Place, value: object, method: Method) -> Problem:
     names = [*_TRAIN_FIELDS, *_HYPER_FIELDS, "preset"]
-    spellings = [*names, *(spelling for name in names for spelling in SPELLINGS.get(name, ()))]
-    found = list(dict.fromkeys(_TABLE[spelling_key(item)] for item in nearest(keys[-1], spellings)))
-    mend = f"did you mean {' or '.join(found)}?" if found else "a parameter of the method goes under method_params"
+    spellings = [*names, *(spelling for name in names for spelling in SPELLINGS.get(name, ())), *method.parameters]
+    table = {**_TABLE, **{spelling_key(name): name for name in method.parameters}}
+    found = list(dict.fromkeys(table[spelling_key(item)] for item in nearest(keys[-1], spellings)))
+    lists = f"`tuneline methods show {method.name}` lists those of the method {method.name}"
+    mend = f"did you mean {' or '.join(found)}?" if found else lists
     if len(keys) == 2 and canonical_name(keys[-1], _TABLE) in _TRAIN_FIELDS:
         mend = f"move {keys[-1]} out of {keys[0]}, to the top level"
     if len(keys) == 1 and canonical_name(keys[0], _TABLE) in _GROUPS:
@@ -322,12 +408,11 @@ def _disagreement(one: _Given, other: _Given) -> Problem:
 # Presets
 
 
-def _chosen_preset(name: str | None, *layers: _Layer) -> _Given | None:
-    """The preset that counts, the argument before the layers; it is taken out of all of them."""
-    found = [layer.pop("preset") for layer in layers if "preset" in layer]
+def _chosen_preset(name: str | None, *layers: _Items) -> _Given | None:
+    """The preset that counts, the argument before the layers."""
     if name is not None:
-        found.insert(0, _Given("preset", name, Place("preset", COMMAND_LINE)))
-    return next((given for given in found if given.value is not None), None)
+        return _Given("preset", name, Place("preset", COMMAND_LINE))
+    return next(filter(None, (_named(items, "preset") for items in layers)), None)
 
 
 def _find_preset(given: _Given) -> tuple[str, Preset, YamlFile]:
@@ -374,10 +459,10 @@ def _preset_files() -> list[Path]:
 # Checking
 
 
-def _resolve_paths(merged: _Layer, file: Path | None) -> _Layer:
+def _resolve_paths(merged: _Layer, method: Method, file: Path | None) -> _Layer:
     """An existing file (a model folder) becomes an absolute path; anything else stays a registered name."""
     resolved = dict(merged)
-    for name in _PATH_FIELDS:
+    for name in (*_PATH_FIELDS, *(f"{OWN}.{own}" for own in method.parameters if method.takes_file(own))):
         given = merged.get(name)
         if given is None or not isinstance(given.value, str) or not given.value:
             continue
@@ -402,19 +487,23 @@ def _existing(text: str, folders: Sequence[Path], is_model: bool) -> Path | None
     return None
 
 
-def _checked(merged: _Layer, file: Path | None, problems: list[Problem]) -> TrainConfig:
-    """The configuration; raises what was found before together with what the models find."""
+def _checked(merged: _Layer, method: Method, file: Path | None, problems: list[Problem]) -> TrainConfig:
+    """The configuration; raises what was found before together with what the models and the method find."""
     values: dict[str, Any] = {}
     for given in merged.values():
         _put(values, given)
     places = {name: given.place for name, given in merged.items()}
+    of_method = problems_of_method(method, values, places)
     try:
         config = TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise one_error([*problems, *problems_of(error.errors(), places, _EXPECTED)], file) from error
-    if problems:
-        raise one_error(problems, file)
-    return config
+        of_models = problems_of(error.errors(), places, _EXPECTED)
+        told = {problem.field for problem in of_models}
+        others = [problem for problem in of_method if problem.field not in told]
+        raise one_error([*problems, *of_models, *others], file) from error
+    if problems or of_method:
+        raise one_error([*problems, *of_method], file)
+    return filled(method, config)
 
 
 def _put(values: dict[str, Any], given: _Given) -> None:
@@ -444,16 +533,17 @@ def _origins(config: TrainConfig, merged: _Layer) -> dict[str, str]:
 # Warnings
 
 
-def _all_warnings(config: TrainConfig, merged: _Layer, preset: _Given | None) -> list[str]:
+def _all_warnings(config: TrainConfig, method: Method, merged: _Layer, preset: _Given | None) -> list[str]:
+    asked = "tuning" not in method.hyperparameters.unused
     return [
-        *_untypical(config, merged),
+        *_untypical(config, method, merged),
         *_overridden(config, merged),
         *_without_effect(config, merged),
-        *_preset_mismatch(config, preset),
+        *(_preset_mismatch(config, preset) if asked else []),
     ]
 
 
-def _untypical(config: TrainConfig, merged: _Layer) -> list[str]:
+def _untypical(config: TrainConfig, method: Method, merged: _Layer) -> list[str]:
     """A default was chosen with care: only a value that somebody gave is compared."""
     found = []
     for name, schema in _HYPER_FIELDS.items():
@@ -462,7 +552,7 @@ def _untypical(config: TrainConfig, merged: _Layer) -> list[str]:
         value = getattr(config.hyperparameters, name)
         if typical is None or given is None or value is None:
             continue
-        if value != Hyperparameters.model_fields[name].default and not is_typical(value, typical):
+        if value != method.hyperparameter_default(name) and not is_typical(value, typical):
             found.append(
                 f"{name} = {value:g} is outside of the typical range {typical_text(typical)} "
                 f"({typical['source']}); from {given.place.origin}"

@@ -18,10 +18,12 @@ from pydantic import BaseModel, Field
 from configs.datasets import RequestedShape
 from configs.endpoints import QUANTIZATIONS, EndpointName, Quantization, Target
 from configs.errors import UserError
+from configs.method_values import OWN
+from configs.parameter_schemas import MODEL, PATH, json_schema
 from configs.reference import typical_of, typical_text
-from configs.resolve import DEFAULT, ResolvedTrain, resolve_train
+from configs.resolve import ResolvedTrain, resolve_train
 from configs.train import Hyperparameters, Slug, Text, TrainConfig
-from methods.registry import Method
+from methods.registry import Method, find_method
 
 Through = Literal["customized", "complete", "deployed"]
 Schema = dict[str, Any]
@@ -201,10 +203,12 @@ def train_form(method: Method, through: Through, base_models: Sequence[str]) -> 
     fields["base_model"]["examples"] = list(base_models)
     fields["base_model"]["description"] += f" Registered: {', '.join(base_models)}."
     fields["dataset"]["description"] += " A file: its absolute path on the host that the worker runs on."
-    fields["hyperparameters"] = _hyperparameter_form(through) | {"title": "Hyper-parameters"}
-    fields["method_params"] = _method_form(method)
+    fields["hyperparameters"] = _hyperparameter_form(method, through) | {"title": "Hyper-parameters"}
+    fields[OWN] = _method_form(method)
     if not method.parameters:
-        del fields["method_params"]
+        del fields[OWN]
+    if any(schema.get("required") for schema in method.parameters.values()):
+        train["required"].append(OWN)
     # Required, so that a run started through the API cannot train with another method than its deployment's.
     fields["method"] = {
         "type": "string",
@@ -230,8 +234,8 @@ def plain_form(model: type[BaseModel], first: Sequence[str] = ()) -> Schema:
 def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = None) -> ResolvedTrain:
     """The configuration a form gave, with the path of its flow, the origin of every value and the warnings.
 
-    A form sends its defaults too, so what differs from the defaults is what somebody has set.
-    Raises UserError for values that contradict each other on this path.
+    A form sends its defaults too, so what differs from the defaults of the method is what somebody has set.
+    Raises UserError for values that the method cannot take, or that contradict each other on this path.
     """
     if train.through not in (None, through):
         raise UserError(
@@ -241,13 +245,30 @@ def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = No
             expected=through,
             mend=f"leave it out, or run the flow {train.through}",
         )
-    given = train.model_dump(mode="json", exclude_defaults=True) | {"through": through}
+    given = _set_by_somebody(train) | {"through": through}
     if endpoint is not None:
         given["endpoint"] = endpoint
     found = resolve_train(copied=given, copied_from=FORM)
-    origins = {name: DEFAULT if origin == DEFAULT else FORM for name, origin in found.origins.items()}
+    origins = {name: FORM if origin == f"copied from {FORM}" else origin for name, origin in found.origins.items()}
     warnings = [warning.replace(f"copied from {FORM}", f"the {FORM}") for warning in found.warnings]
     return found.model_copy(update={"origins": origins, "warnings": warnings})
+
+
+def _set_by_somebody(train: TrainConfig) -> dict[str, Any]:
+    """What the form gave that is not the default of its method."""
+    method = find_method(train.method)
+    given = train.model_dump(mode="json", exclude_defaults=True, exclude={"hyperparameters", OWN})
+    hyper = train.hyperparameters.model_dump(mode="json", exclude_unset=True)
+    defaults = method.parameter_defaults
+    given["hyperparameters"] = {
+        name: value for name, value in hyper.items() if value != method.hyperparameter_default(name)
+    }
+    given[OWN] = {
+        name: value
+        for name, value in train.method_params.items()
+        if name not in method.parameters or value != defaults.get(name)
+    }
+    return given
 
 
 def mark_copied(resolved: ResolvedTrain, train_id: str, copied: TrainConfig) -> ResolvedTrain:
@@ -272,24 +293,52 @@ def _value(config: Mapping[str, Any], name: str) -> Any:
 # --- schemas -----------------------------------------------------------------------------------------------
 
 
-def _hyperparameter_form(through: Through) -> Schema:
-    form = _object(Hyperparameters, _COMMON_HYPER)
-    if through == "customized":
+def _hyperparameter_form(method: Method, through: Through) -> Schema:
+    """The hyper-parameters that the method uses, with its own defaults and choices."""
+    common = method.hyperparameters
+    form = _object(Hyperparameters, _COMMON_HYPER, without=common.unused)
+    fields = form["properties"]
+    for name in fields:
+        if name in common.choices:
+            fields[name]["enum"] = list(common.choices[name])
+        default = method.hyperparameter_default(name)
+        if default is not None:
+            fields[name]["default"] = default
+    if through == "customized" and "tuning" in fields:
         # Full tuning leaves self-contained weights: there is no customized model to end with.
-        form["properties"]["tuning"]["enum"] = ["lora"]
+        fields["tuning"]["enum"] = [value for value in fields["tuning"]["enum"] if value != "full"]
+        fields["tuning"]["default"] = fields["tuning"]["enum"][0]
     return form
 
 
 def _method_form(method: Method) -> Schema:
-    fields = {name: {"title": name, **schema} for name, schema in method.parameters.items()}
+    fields = {name: _own_field(method, name, schema) for name, schema in method.parameters.items()}
     _number(fields)
     return {
         "type": "object",
         "title": "Method parameters",
         "description": f"Parameters that only {method.name} has.",
         "properties": fields,
+        "required": [name for name, schema in method.parameters.items() if schema.get("required")],
         "additionalProperties": False,
     }
+
+
+_TAKES = {
+    MODEL: "A model of a completed train: its name, LINE@ALIAS, or the train.",
+    PATH: "Its absolute path on the host that the worker runs on.",
+}
+
+
+def _own_field(method: Method, name: str, schema: Mapping[str, Any]) -> Schema:
+    """One parameter of the method's own; a file that comes with the method is named as the worker finds it."""
+    field = {"title": name.replace("_", " ").capitalize(), **json_schema(schema)}
+    described = [str(schema.get("description", "")), _TAKES.get(str(schema.get("format")), "")]
+    field["description"] = " ".join(filter(None, described))
+    if "default" in field and method.takes_file(name):
+        del field["default"]  # the path of a host; left empty it is the one that comes with the method
+        field["description"] += f" Empty: {schema['default']} of the method."
+    return field
 
 
 def _object(model: type[BaseModel], first: Sequence[str] = (), without: Sequence[str] = ()) -> Schema:
@@ -306,8 +355,8 @@ def _object(model: type[BaseModel], first: Sequence[str] = (), without: Sequence
 
 
 def _ordered(properties: Iterable[str], first: Sequence[str], without: Sequence[str]) -> list[str]:
-    present = [name for name in properties if name not in without]
-    return [*first, *(name for name in present if name not in first)]
+    names = [*first, *(name for name in properties if name not in first)]
+    return [name for name in names if name not in without]
 
 
 def _number(fields: Mapping[str, Schema]) -> None:

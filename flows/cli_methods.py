@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.datasets import KIND_TITLES
 from configs.settings import load_settings
 from flows import cli_trains
 from flows.printing import print_block, print_fields, print_heading, print_json, print_table
+
+if TYPE_CHECKING:
+    from methods.registry import Method
 
 app = typer.Typer(help="Training methods.", no_args_is_help=True)
 
@@ -44,6 +48,7 @@ def show(method: Annotated[str, typer.Argument(help="Name of a method.")], json_
             "method": found.name,
             "description": found.description,
             "types": found.types,
+            "trains on": ", ".join(f"{KIND_TITLES[kind]} ({kind})" for kind in found.kinds),
             "lifecycle": " → ".join(found.lifecycle),
             "targets": found.deployment_targets,
             "hardware": ", ".join(f"{k} {v}" for k, v in found.hardware.model_dump().items()),
@@ -52,7 +57,7 @@ def show(method: Annotated[str, typer.Argument(help="Name of a method.")], json_
     )
     rows = [(name, stage.file, stage.environment) for name, stage in found.stages.items()]
     print_table(("Stage", "File", "Environment"), rows, "no stages")
-    _print_parameters()
+    _print_parameters(found)
 
 
 @app.command()
@@ -87,14 +92,14 @@ def _match_deployments() -> None:
     )
 
 
-def _print_parameters() -> None:
-    """The reference of all parameters: for reading in a terminal, as Markdown for a file."""
+def _print_parameters(method: Method) -> None:
+    """The reference of all parameters that it takes: for reading in a terminal, as Markdown for a file."""
     from configs.reference import parameter_table, parameters
 
     if not sys.stdout.isatty():
-        print(parameter_table())
+        print(parameter_table(method))
         return
-    for heading, found in parameters().items():
+    for heading, found in parameters(method).items():
         print_heading(heading)
         for each in found:
             typical = f"; typical {each.typical}" if each.typical else ""

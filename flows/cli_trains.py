@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.errors import UserError
+from configs.scoring import SCORE_TITLES
 from configs.settings import load_settings
 from flows.printing import print_fields, print_json, print_scores, print_table, print_warning, print_wrapped
 
@@ -188,7 +189,17 @@ def show_outcome(record: TrainRecord) -> None:
     )
     if "tuned" in record.evaluation:
         print()
-        print_scores(record.evaluation.get("base"), record.evaluation["tuned"], ("Base", "Fine-tuned"))
+        print_evaluation(record.evaluation.get("base"), record.evaluation["tuned"])
+
+
+def print_evaluation(base: Mapping[str, float] | None, tuned: Mapping[str, float]) -> None:
+    """Print the scores of answers, or the figures of a method whose models give no text, before and after."""
+    own = [name for name in tuned if name not in SCORE_TITLES]
+    if len(own) < len(tuned):
+        print_scores(base, tuned, ("Base", "Fine-tuned"))
+    if own:
+        rows = [(name, base.get(name) if base else None, tuned[name]) for name in own]
+        print_table(("Figure", "Base", "Fine-tuned"), rows, "nothing was measured")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def train_to_complete(record: TrainRecord) -> ModelRecord:
     """Train and save as a complete model; fully trained weights are scored once they are saved."""
     trained = train_from_base(record)
     model = lifecycle.save_complete(trained)
-    return model if trained.adapter else lifecycle.evaluate_tuned(record, model)
+    return model if trained.stage == "customized" else lifecycle.evaluate_tuned(record, model)
 
 
 @flow(name="complete", on_failure=[lifecycle.show_cancelled], on_cancellation=[lifecycle.record_cancelled])

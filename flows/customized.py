@@ -8,19 +8,23 @@ from __future__ import annotations
 from prefect import flow
 
 from configs.records import ModelRecord, QueueName, TrainRecord
-from configs.train import TrainConfig
+from configs.train import TrainConfig, effective_through
 from tasks import lifecycle
 
 
 def train_from_base(record: TrainRecord) -> ModelRecord:
-    """Train and register; full-parameter training gives weights that are still to be saved."""
+    """Train and register; full-parameter training gives weights that are still to be saved.
+
+    Whether there is an adapter, the training says itself.
+    """
     record = lifecycle.fetch_base(record)
     record = lifecycle.prepare_datasets(record)
     record = lifecycle.take_gpus(record)
     record = lifecycle.evaluate_base(record)
     record = lifecycle.train_model(record)
-    if record.config.hyperparameters.tuning == "full":
-        return lifecycle.trained_model(record)
+    trained = lifecycle.trained_model(record)
+    if not trained.adapter and effective_through(record.config) != "customized":
+        return trained
     model = lifecycle.register_customized(record)
     return lifecycle.evaluate_tuned(record, model)
 

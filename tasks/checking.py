@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from configs.aliases import nearest
 from configs.base_models import find_base_model
 from configs.datasets import Columns, DatasetReport, Wanted
 from configs.errors import UserError
+from configs.method_values import checked_values
 from configs.settings import load_settings
 from configs.train import TrainConfig, path_of
-from methods.registry import Method, find_method
+from methods.registry import Method, StageName, find_method
 from tasks.base_models import require_safetensors
 from tasks.datasets import check_reference
 from tasks.gpus import wanted_gpus
+from tasks.method_inputs import fixed_models
 from tasks.models import own_base
 
-_DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
+DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
 
 
 def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
@@ -23,18 +24,28 @@ def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
     Nothing is stored and nothing is fetched. Raises UserError for the first fault.
     """
     method = find_method(config.method)
-    _check_method(method, config)
+    config = checked_values(config)
+    check_method(method, config)
     wanted_gpus(config)
+    fixed_models(config)
     _check_base(config.base_model)
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
-    given = {name: getattr(config, name) for name in _DATASETS if getattr(config, name) is not None}
-    wanted = Wanted(method.name, method.kinds)
+    given = {name: getattr(config, name) for name in DATASETS if getattr(config, name) is not None}
     return {
         name: check_reference(
-            reference, columns, config.dataset_shape, allow_refused=config.allow_refused_rows, wanted=wanted
+            reference,
+            columns,
+            config.dataset_shape,
+            allow_refused=config.allow_refused_rows,
+            wanted=wanted_rows(method, name),
         )
         for name, reference in given.items()
     }
+
+
+def wanted_rows(method: Method, field: str) -> Wanted:
+    """The kinds of rows that the method takes as this dataset of a train."""
+    return Wanted(method.name, method.evaluated_kinds if field == "evaluation_dataset" else method.kinds)
 
 
 def _check_base(reference: str) -> None:
@@ -46,7 +57,8 @@ def _check_base(reference: str) -> None:
         require_safetensors(entry.path)
 
 
-def _check_method(method: Method, config: TrainConfig) -> None:
+def check_method(method: Method, config: TrainConfig) -> None:
+    """Refuse a train that the method cannot take as far as it is to go, or not score. Raises UserError."""
     if "training" not in method.stages:
         raise UserError("this method does not train", field="method", value=method.name)
     missing = [step for step in path_of(config) if step not in method.lifecycle]
@@ -60,16 +72,16 @@ def _check_method(method: Method, config: TrainConfig) -> None:
     method.stage_python("training")
     if "complete" in path_of(config):
         method.stage_python("saving")
-    for name in config.method_params:
-        if name not in method.parameters:
-            raise _unknown_parameter(method, name)
+    if config.evaluation_dataset is not None and not scored_stages(method):
+        raise UserError(
+            f"models of the method {method.name} cannot be scored: it has no inference stage",
+            field="evaluation_dataset",
+            value=config.evaluation_dataset,
+            mend="leave it out",
+        )
 
 
-def _unknown_parameter(method: Method, name: str) -> UserError:
-    near = nearest(name, list(method.parameters))
-    return UserError(
-        f"the method {method.name} has no such parameter of its own, so nothing would read it",
-        field=f"method_params.{name}",
-        expected=f"one of {', '.join(method.parameters)}" if method.parameters else "no method_params",
-        mend=f"did you mean {' or '.join(near)}?" if near else f"`tuneline methods show {method.name}` lists them",
-    )
+def scored_stages(method: Method) -> list[StageName]:
+    """The stages of the method whose answers can be scored."""
+    named: tuple[StageName, ...] = ("inference-customized", "inference-complete")
+    return [stage for stage in named if stage in method.stages]

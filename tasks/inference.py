@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
+from configs.errors import UserError
 from configs.records import ModelRecord
 from configs.settings import load_settings
 from methods.registry import StageName, find_method
@@ -51,30 +53,101 @@ def answer_prompts(
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[Answer]:
     """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled."""
-    settings = load_settings()
-    settings.root.mkdir(parents=True, exist_ok=True)
-    method = find_method(model.method)
-    stage: StageName = "inference-customized" if model.adapter else "inference-complete"
-    _remove_left_behind(settings.root)
-    work = Path(tempfile.mkdtemp(prefix=f"inference-{os.getpid()}-", dir=settings.root))
-    try:
-        requests = work / "requests.jsonl"
-        lines = [json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in conversations]
-        requests.write_text("".join(lines), encoding="utf-8")
-        job = StageJob(
-            stage=stage,
-            parameters={**generation.model_dump(exclude={"seed"}), "dtype": model.dtype},
-            inputs={"requests": str(requests), **_weights(model)},
-            output=work / "output",
-            seed=generation.seed,
+    asked = [{"messages": messages} for messages in conversations]
+    return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
+
+
+def answer_requests(
+    model: ModelRecord,
+    requests: Sequence[Mapping[str, Any]],
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    keep: Path | None = None,
+) -> list[dict[str, Any]]:
+    """What the model's inference stage makes of requests of its kind, in order.
+
+    Pictures that it makes are moved to the folder `keep`. Raises UserError, StageFailed, StageCancelled.
+    """
+    with _work_folder() as work:
+        file = work / "requests.jsonl"
+        lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
+        file.write_text("".join(lines), encoding="utf-8")
+        _run(work, model, {"requests": str(file)}, generation, on_events)
+        text = (work / "output" / "predictions.jsonl").read_text(encoding="utf-8")
+        predictions: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[:-1]]
+        if keep is not None:
+            for number, each in enumerate(predictions, start=1):
+                if "image" in each:
+                    each["image"] = str(_moved(Path(each["image"]), keep, number))
+    return predictions
+
+
+def measure_rows(
+    model: ModelRecord,
+    rows: Path,
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> dict[str, float]:
+    """The figures that the model's inference stage gives for stored rows of its kind, which ask for no text.
+
+    Raises UserError, StageFailed, StageCancelled.
+    """
+    with _work_folder() as work:
+        result = _run(work, model, {"evaluation_rows": str(rows)}, generation, on_events)
+    figures = result.get("figures")
+    if not isinstance(figures, dict) or not figures:
+        raise UserError(
+            f"the inference stage of the method {model.method} gives no figures for rows of this kind",
+            field="evaluation_dataset",
+            value=figures,
+            expected="`figures: {name: number}` in its result where its inputs hold evaluation_rows",
         )
-        python, file = method.stage_python(stage), method.stage_file(stage)
-        with borrowing_slot(work.name, on_events):
-            run_stage(work, job, python, file, settings.grace_seconds, on_events)
-        predictions = (work / "output" / "predictions.jsonl").read_text(encoding="utf-8")
+    return {str(name): float(value) for name, value in figures.items()}
+
+
+def inference_stage(model: ModelRecord) -> StageName:
+    """The stage of its method that lets the model answer."""
+    return "inference-customized" if model.adapter else "inference-complete"
+
+
+def _run(
+    work: Path,
+    model: ModelRecord,
+    inputs: dict[str, str],
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None],
+) -> dict[str, Any]:
+    method, stage = find_method(model.method), inference_stage(model)
+    job = StageJob(
+        stage=stage,
+        parameters={**generation.model_dump(exclude={"seed"}), "dtype": model.dtype},
+        inputs={**inputs, **_weights(model)},
+        output=work / "output",
+        seed=generation.seed,
+    )
+    python, file = method.stage_python(stage), method.stage_file(stage)
+    with borrowing_slot(work.name, on_events):
+        return run_stage(work, job, python, file, load_settings().grace_seconds, on_events)
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A folder for one inference, removed afterwards."""
+    root = load_settings().root
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(root)
+    work = Path(tempfile.mkdtemp(prefix=f"inference-{os.getpid()}-", dir=root))
+    try:
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return [Answer.model_validate_json(line) for line in predictions.split("\n")[:-1]]
+
+
+def _moved(picture: Path, folder: Path, number: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{number}{picture.suffix}"
+    shutil.move(picture, target)
+    return target
 
 
 def _remove_left_behind(root: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from configs.base_models import find_base_model, load_base_models
 from configs.errors import UserError
 from configs.records import ModelRecord
+from configs.scoring import SCORE_TITLES
 from configs.settings import Settings, load_settings
 from tasks.files import read_record, write_record
 from tasks.tracking import code_version, experiment_id, mlflow_client
@@ -135,8 +136,13 @@ def _lineage(record: ModelRecord) -> dict[str, str]:
 
 
 def _score_tags(record: ModelRecord) -> dict[str, str]:
-    scores = {f"tuneline.score.{name}": f"{value:.2f}" for name, value in record.evaluation.items()}
+    scores = {f"tuneline.score.{name}": _score(name, value) for name, value in record.evaluation.items()}
     return scores | ({"tuneline.evaluated": record.evaluated} if record.evaluated else {})
+
+
+def _score(name: str, value: float) -> str:
+    """Percent as everywhere; a figure of a method's own with its digits, whatever its size."""
+    return f"{value:.2f}" if name in SCORE_TITLES else f"{value:.4g}"
 
 
 def set_alias(record: ModelRecord, alias: str) -> None:

@@ -99,7 +99,12 @@ def _parameters(record: TrainRecord) -> str:
 
 
 def _evaluation(record: TrainRecord, folder: Path) -> list[str]:
-    parts = [_picture(folder / "training", record.id), _scores(record.evaluation), *_samples(folder)]
+    parts = [
+        _picture(folder / "training", record.id),
+        _scores(record.evaluation),
+        _figures(record.evaluation),
+        *_samples(folder),
+    ]
     if not record.evaluation:
         parts.append("No evaluation dataset was scored.")
     return [part for part in parts if part]
@@ -128,7 +133,15 @@ def _scores(evaluation: Mapping[str, Mapping[str, float]]) -> str:
             change = [f"{values[1] - values[0]:+.2f}"] if both else []
             rows.append((title, *(f"{value:.2f}" for value in values), *change))
     columns = ("Score in percent", *(names[each] for each in which), *(["Change"] if both else []))
-    return _table(columns, rows)
+    return _table(columns, rows) if rows else ""
+
+
+def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
+    """The method's own figures, before and after."""
+    base, tuned = evaluation.get("base", {}), evaluation.get("tuned", {})
+    names = [name for name in {**base, **tuned} if name not in SCORE_TITLES]
+    rows = [(_text(name), *(f"{each[name]:.4g}" if name in each else "" for each in (base, tuned))) for name in names]
+    return _table(("Figure", "Before (base model)", "After (fine-tuned)"), rows) if rows else ""
 
 
 def _samples(folder: Path) -> list[str]:

@@ -15,20 +15,24 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.datasets import Columns, DatasetVersion, Wanted
+from configs.datasets import Columns, DatasetVersion
 from configs.errors import UserError
+from configs.method_values import checked_values
 from configs.records import ModelRecord, TrainRecord, TrainStatus, now
 from configs.settings import Settings, load_settings
 from configs.train import TrainConfig
 from methods import contract
 from methods.registry import find_method
 from tasks import cancelling, models, tracking
+from tasks.checking import DATASETS, check_method, wanted_rows
 from tasks.datasets import find_dataset, resolve_dataset, write_split
 from tasks.environments import packages_of
 from tasks.evaluation import evaluate, keep_evaluation
 from tasks.files import read_record, write_record, write_text
 from tasks.gpus import Withdrawn, borrowing_slot, release_slots, take_slots, wanted_gpus, withdraw_ticket
-from tasks.inference import Generation
+from tasks.inference import Generation, inference_stage
+from tasks.measuring import TEXT_KINDS, keep_measurement, measure
+from tasks.method_inputs import copied_files, fixed_models, method_inputs, with_copied_files
 from tasks.plots import draw_curves
 from tasks.stages import EventTail, StageCancelled, StageJob, locked, run_stage
 from tasks.train_report import as_html, keep_predictions, train_report
@@ -167,12 +171,15 @@ def settle_trains() -> list[TrainRecord]:
 
 
 def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[str]) -> TrainRecord:
-    """Begin a new train: an id, a folder, an MLflow run that holds the configuration and its origins."""
-    method = find_method(config.method)
-    if "training" not in method.stages:
-        raise UserError("this method does not train", field="method", value=method.name)
-    method.stage_python("training")
-    wanted_gpus(config)  # both refused here, not when everything is prepared
+    """Begin a new train: an id, a folder, an MLflow run that holds the configuration and its origins.
+
+    Models and files that the method is given are fixed: the name of the very model, a copy of the file. Raises
+    UserError for what cannot be trained.
+    """
+    config = checked_values(config)
+    check_method(find_method(config.method), config)
+    wanted_gpus(config)  # refused here, not when everything is prepared
+    config = fixed_models(config)
     created = now()
     train_id = f"{config.name}_{created:%Y%m%d}_{secrets.token_hex(2)}"
     run_id = tracking.start_run(
@@ -191,7 +198,9 @@ def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[s
     own_train(record.id)
     save_record(record)
     try:
+        record = update_train(record.id, config=with_copied_files(config, train_folder(record.id)))
         tracking.log_config(record)
+        tracking.log_files(record.run_id, copied_files(record.config), "files")
     except Exception as error:
         close_train(record, "failed", str(error))
         raise
@@ -258,10 +267,7 @@ def prepare_datasets(record: TrainRecord) -> TrainRecord:
     """Validate and store what the train reads: training, validation and evaluation rows, each a version."""
     config = record.config
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
-    versions = {"dataset": _resolve(config, config.dataset, columns)}
-    for field in ("validation_dataset", "evaluation_dataset"):
-        if (reference := getattr(config, field)) is not None:
-            versions[field] = _resolve(config, reference, columns)
+    versions = {field: _resolve(config, field, columns) for field in DATASETS if getattr(config, field) is not None}
     folder = train_folder(record.id)
     if config.validation_split is not None:
         version, share = versions["dataset"], config.validation_split
@@ -279,13 +285,13 @@ def prepare_datasets(record: TrainRecord) -> TrainRecord:
     return update_train(record.id, **references)
 
 
-def _resolve(config: TrainConfig, reference: str, columns: Columns) -> DatasetVersion:
+def _resolve(config: TrainConfig, field: str, columns: Columns) -> DatasetVersion:
     return resolve_dataset(
-        reference,
+        getattr(config, field),
         columns=columns,
         shape=config.dataset_shape,
         allow_refused=config.allow_refused_rows,
-        wanted=Wanted(config.method, find_method(config.method).kinds),
+        wanted=wanted_rows(find_method(config.method), field),
     )
 
 
@@ -366,24 +372,19 @@ def _keep_outcome(record: TrainRecord) -> TrainRecord:
 
 
 def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> StageJob:
-    hyper = record.config.hyperparameters.model_dump(mode="json")
     train_rows, validation_rows = training_rows(record)
     return StageJob(
         stage="training",
-        parameters={
-            **hyper,
-            "lora_alpha": hyper["lora_alpha"] or 2 * hyper["lora_rank"],
-            "max_new_tokens": record.config.max_new_tokens,
-            **record.config.method_params,
-        },
+        parameters=find_method(record.config.method).job_parameters(record.config),
         inputs={
             "base_model": str(record.base_path),
             "train_rows": str(train_rows),
             "validation_rows": str(validation_rows) if validation_rows else None,
+            **method_inputs(record.config),
         },
         output=folder / "output",
         resume_from=resume,
-        seed=hyper["seed"],
+        seed=record.config.hyperparameters.seed,
     )
 
 
@@ -449,13 +450,20 @@ def trained_model(record: TrainRecord) -> ModelRecord:
         base=record.base,
         base_path=record.base_path,
         method=record.config.method,
-        adapter=record.config.hyperparameters.tuning != "full",
+        adapter=_left_adapter(record),
         dtype=record.config.hyperparameters.dtype,
         parent=record.base,
         train=record.id,
         run_id=record.run_id,
         dataset=record.dataset,
     )
+
+
+def _left_adapter(record: TrainRecord) -> bool:
+    """Whether training has left an adapter, by its own word; before it has ended, by what was asked for."""
+    file = train_folder(record.id) / "training" / contract.RESULT_FILE
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return bool(result.get("adapter", record.config.hyperparameters.tuning != "full"))
 
 
 def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
@@ -515,13 +523,17 @@ def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
 def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_events: EventHandler) -> TrainRecord:
     """Score a model on the train's evaluation rows; `which` is `base` or `tuned`. Done once for each.
 
-    Without an evaluation dataset nothing is scored.
+    Without an evaluation dataset, or the stage of the method that it takes, nothing is scored.
     """
     record = load_train(record.id)
     if record.evaluation_dataset is None or which in record.evaluation:
         return record
+    if inference_stage(model) not in find_method(model.method).stages:
+        return record
     registered = model if model.registered_version is not None else None
     version = find_dataset(record.evaluation_dataset)
+    if version.kind not in TEXT_KINDS:
+        return _measure_model(record, model, registered, which, version, on_events)
     generation = Generation(max_new_tokens=record.config.max_new_tokens)
     outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events)
     keep_evaluation(record.run_id, outcome, which, models.logged_model_id(registered) if registered else None)
@@ -530,6 +542,22 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
         models.note_evaluation(registered, outcome.figures)
     scores = {**record.evaluation, which: outcome.figures}
     return update_train(record.id, evaluation=scores)
+
+
+def _measure_model(
+    record: TrainRecord,
+    model: ModelRecord,
+    registered: ModelRecord | None,
+    which: str,
+    version: DatasetVersion,
+    on_events: EventHandler,
+) -> TrainRecord:
+    """Measure a model on rows that no text answers: its method's own figures."""
+    outcome = measure(model, version, record.config.evaluation_samples, on_events)
+    keep_measurement(record.run_id, outcome, which, models.logged_model_id(registered) if registered else None)
+    if registered is not None:
+        models.note_evaluation(registered, outcome.figures)
+    return update_train(record.id, evaluation={**record.evaluation, which: outcome.figures})
 
 
 def base_as_model(record: TrainRecord) -> ModelRecord:

@@ -19,8 +19,25 @@ from configs.resolve import (
 )
 from configs.strict_yaml import read_yaml
 from configs.train import Hyperparameters, TrainConfig
+from tests.own_methods import install_method
 
 BASE = "name: a\nbase_model: b\ndataset: c\n"
+MINE = BASE + "method: mine\n"
+OWN: dict[str, Any] = {
+    "beta": {"type": "number", "exclusiveMinimum": 0, "default": 0.1},
+    "steps": {"type": "integer", "minimum": 1, "default": 3},
+    "text": {"type": "string", "default": "yes"},
+    "switch": {"type": "boolean", "default": False},
+    "kind": {"type": "string", "enum": ["sigmoid", "hinge"], "default": "sigmoid"},
+    "nested": {"type": "object", "default": {}},
+    "rewards": {"type": "string", "format": "path", "default": None},
+}
+
+
+def own_method(**changes: Any) -> None:
+    """The method `mine`, with parameters of its own and other defaults than the common ones."""
+    common = {"unused": ["num_generations"], "defaults": {"learning_rate": 1e-6}, "choices": {"tuning": ["lora"]}}
+    install_method(**{"parameters": OWN, "hyperparameters": common, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -331,14 +348,132 @@ def test_override_without_equals_sign_is_told(tmp_path: Path) -> None:
 
 def test_group_is_not_set_as_a_whole_on_the_command_line(tmp_path: Path) -> None:
     assert "one by one" in str(refusal(tmp_path, BASE, "hyperparameters=3").mend)
-    assert "nothing inside" in str(refusal(tmp_path, BASE, "method_params.a=1", "method_params.a.b=2"))
+    own_method()
+    assert "nothing inside" in str(refusal(tmp_path, MINE, "method_params.steps=1", "method_params.steps.b=2"))
 
 
-def test_method_parameters_are_kept_as_given(tmp_path: Path) -> None:
-    text = BASE + "method_params:\n  beta: 0.1\n  nested: {a: 1}\n"
-    resolved = resolve(tmp_path, text, "method_params.nested.b=[1, 2]", "method_params.MAX_STEPS=-1")
-    assert resolved.config.method_params == {"beta": 0.1, "nested": {"a": 1, "b": [1, 2]}, "MAX_STEPS": -1}
-    assert resolved.origins["method_params.beta"].endswith("train.yaml:5")
+# ---- parameters of a method
+
+
+def test_parameters_of_the_method_are_filled_up_with_its_defaults(tmp_path: Path) -> None:
+    own_method()
+    resolved = resolve(tmp_path, MINE + "method_params:\n  beta: 1\n  nested: {a: 1}\n", "nested.b=[1, 2]", "TEXT=007")
+    own = {"beta": 1.0, "steps": 3, "text": "007", "switch": False, "kind": "sigmoid", "rewards": None}
+    assert resolved.config.method_params == own | {"nested": {"a": 1, "b": [1, 2]}}
+    assert list(resolved.config.method_params) == list(OWN)
+    origins = {name: resolved.origins[f"method_params.{name}"] for name in ("beta", "steps", "text", "nested")}
+    assert origins.pop("beta").endswith("train.yaml:6")
+    assert origins == {"steps": "default", "text": "command line", "nested": "command line"}
+
+
+@pytest.mark.parametrize("spelling", ["beta", "method_params.beta", "BETA", "hyperparameters.beta"])
+def test_a_parameter_of_the_method_needs_no_group(tmp_path: Path, spelling: str) -> None:
+    own_method()
+    on_line = resolve(tmp_path, MINE, f"{spelling}=0.2")
+    *group, name = spelling.split(".")
+    in_file = resolve(tmp_path, MINE + (f"{group[0]}: {{{name}: 0.2}}" if group else f"{name}: 0.2") + "\n")
+    assert on_line.config.method_params["beta"] == in_file.config.method_params["beta"] == 0.2
+    assert in_file.origins["method_params.beta"].endswith("train.yaml:5")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "beta: 0",
+            "train.yaml:5: this value is impossible\n  field: method_params.beta = 0\n  expected: a number > 0",
+        ),
+        ("beta: .inf", "expected: a number > 0"),
+        ("beta: true", "expected: a number > 0"),
+        ("beta:", "expected: a number > 0"),
+        ("steps: 2.5", "expected: a whole number ≥ 1"),
+        ("steps: [1]", "field: method_params.steps = [1]"),
+        ("text: 12", 'to mend: put it in quotes: "12"'),
+        ("kind: hing", "expected: one of sigmoid, hinge"),
+        ("method_params: {betta: 1}", "the method mine has no such parameter of its own"),
+        ("betta: 1", "to mend: did you mean beta?"),
+        ("rewards: none.py", "train.yaml:5: there is no such file\n  field: method_params.rewards = 'none.py'"),
+        ("num_generations: 3", "the method mine has no use for this parameter, so nothing would read it"),
+        ("tuning: full", "the method mine does not take this value"),
+    ],
+)
+def test_what_the_method_cannot_take_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+    own_method()
+    assert told in str(refusal(tmp_path, MINE + text + "\n"))
+
+
+@pytest.mark.parametrize("override", ["beta=0", "method_params.beta=x", "steps=2.5", "kind=hing", "method_params.b=1"])
+def test_the_command_line_is_checked_as_well(tmp_path: Path, override: str) -> None:
+    own_method()
+    assert "(command line)" in str(refusal(tmp_path, MINE, override))
+
+
+def test_what_the_method_cannot_take_is_told_together_with_the_rest(tmp_path: Path) -> None:
+    own_method()
+    told = str(refusal(tmp_path, MINE + "beta: -1\nnum_generations: 9\nlora_rank: 0\ntuning: half\n"))
+    assert "4 problems" in told
+    assert all(f"train.yaml:{line}" in told for line in (5, 6, 7, 8))
+
+
+def test_a_required_parameter_that_is_not_given_is_told(tmp_path: Path) -> None:
+    own_method(parameters={"reward_model": {"type": "string", "format": "model", "required": True}})
+    told = "a required parameter is missing\n  field: method_params.reward_model\n  expected: a registered model"
+    assert told in str(refusal(tmp_path, MINE))
+    assert resolve(tmp_path, MINE, "reward_model=judge@champion").config.method_params == {
+        "reward_model": "judge@champion"
+    }
+
+
+def test_an_unused_hyperparameter_may_stand_there_with_its_default_and_is_not_described(tmp_path: Path) -> None:
+    own_method()
+    resolved = resolve(tmp_path, MINE + "num_generations: 2\n")
+    assert "hyperparameters.num_generations" not in {name for name, _, _ in describe(resolved)}
+    assert "num_generations" not in effective(resolved.config)["hyperparameters"]
+
+
+def test_the_methods_own_default_lies_between_the_common_one_and_a_preset(tmp_path: Path) -> None:
+    own_method()
+    alone, preset = resolve(tmp_path, MINE), resolve(tmp_path, MINE, preset="nl2json")
+    name = "hyperparameters.learning_rate"
+    assert (alone.config.hyperparameters.learning_rate, alone.origins[name]) == (1e-6, "method mine")
+    assert preset.origins[name] == "preset nl2json"
+    assert alone.warnings == []
+
+
+def test_a_method_without_customized_models_trains_in_full(tmp_path: Path) -> None:
+    stage = {"file": "training.py", "environment": "host"}
+    stages = {"training": stage, "saving": stage}
+    own_method(lifecycle=["complete"], stages=stages, hyperparameters={"unused": ["tuning"]})
+    resolved = resolve(tmp_path, MINE)
+    assert resolved.config.hyperparameters.tuning == "full"
+    assert effective(resolved.config)["through"] == "complete"
+    assert "has no use" in str(refusal(tmp_path, MINE + "tuning: lora\n"))
+
+
+def test_a_file_is_found_beside_the_train_file_and_made_absolute(tmp_path: Path) -> None:
+    own_method()
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "rewards.py").touch()
+    path = written(tmp_path, MINE + "rewards: rewards.py\n", "beside/train.yaml")
+    assert resolve_train(path).config.method_params["rewards"] == str(tmp_path / "beside" / "rewards.py")
+
+
+def test_a_copy_for_another_method_leaves_out_what_that_one_cannot_read(tmp_path: Path) -> None:
+    own_method()
+    first = resolve(tmp_path, BASE + "num_generations: 5\n")
+    copied = resolve_train(None, ["method=mine"], copied=first.config.model_dump(mode="json"), copied_from="one")
+    assert copied.config.hyperparameters.num_generations == 2
+    assert [each for each in copied.warnings if "num_generations" in each and "5" in each]
+    mine = resolve(tmp_path, MINE + "beta: 3\n")
+    back = resolve_train(None, ["method=sft"], copied=mine.config.model_dump(mode="json"), copied_from="two")
+    assert back.config.method_params == {}
+    assert [each for each in back.warnings if "beta" in each and "3.0" in each]
+
+
+def test_an_unknown_method_is_told_with_its_line(tmp_path: Path) -> None:
+    told = str(refusal(tmp_path, BASE + "method: sftt\n"))
+    assert "train.yaml:4: no such training method" in told
+    assert "did you mean sft?" in told
 
 
 # ---- origins and precedence
@@ -363,14 +498,17 @@ def test_later_origins_win_and_every_value_has_one(tmp_path: Path) -> None:
 
 
 def test_override_inside_of_a_copied_mapping_leaves_the_copied_one_alone() -> None:
-    copied = {"name": "a", "base_model": "b", "dataset": "c", "method_params": {"nested": {"a": 1}}}
+    own_method()
+    given = {"name": "a", "base_model": "b", "dataset": "c", "method": "mine"}
+    copied: dict[str, Any] = given | {"method_params": {"nested": {"a": 1}}}
     resolved = resolve_train(copied=copied, overrides=["method_params.nested.a=2"])
-    assert resolved.config.method_params == {"nested": {"a": 2}}
+    assert resolved.config.method_params["nested"] == {"a": 2}
     assert copied["method_params"] == {"nested": {"a": 1}}
 
 
 def test_resolved_configuration_copies_to_itself(tmp_path: Path) -> None:
-    first = resolve(tmp_path, BASE + "LORA_RANK: 16\nmethod_params: {a: 1}\n")
+    own_method()
+    first = resolve(tmp_path, MINE + "LORA_RANK: 16\nmethod_params: {beta: 1}\n")
     again = resolve_train(copied=first.config.model_dump(mode="json"), copied_from="run-1")
     assert again.config == first.config
     assert set(again.origins.values()) == {"copied from run-1"}
@@ -503,12 +641,13 @@ def test_effective_spells_out_derived_values(tmp_path: Path) -> None:
 
 
 def test_description_lists_every_value_with_its_origin(tmp_path: Path) -> None:
-    resolved = resolve(tmp_path, BASE + "lora_rank: 16\nmethod_params: {a: {b: 1}}\n", "seed=1")
+    own_method(hyperparameters={})
+    resolved = resolve(tmp_path, MINE + "lora_rank: 16\nmethod_params: {nested: {b: 1}}\n", "seed=1")
     rows = {name: (value, origin) for name, value, origin in describe(resolved)}
     assert rows["hyperparameters.lora_alpha"] == ("32", "derived: 2 × lora_rank")
     assert rows["through"] == ("customized", "derived from tuning")
     assert rows["hyperparameters.seed"] == ("1", "command line")
     assert rows["hyperparameters.max_steps"] == ("not set", "default")
     assert rows["hyperparameters.load_in_4bit"] == ("false", "default")
-    assert rows["method_params.a.b"] == ("1", f"file {tmp_path / 'train.yaml'}:5")
+    assert rows["method_params.nested.b"] == ("1", f"file {tmp_path / 'train.yaml'}:6")
     assert {f"hyperparameters.{name}" for name in Hyperparameters.model_fields} <= set(rows)

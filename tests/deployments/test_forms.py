@@ -16,6 +16,7 @@ from configs.train import Hyperparameters, TrainConfig
 from deployments import flow_deployments, forms
 from deployments.forms import Through
 from methods.registry import find_method
+from tests.own_methods import install_method
 
 TRAIN = {"name": "lights", "base_model": "smollm2-135m-instruct", "dataset": "rows", "method": "sft"}
 PATHS: tuple[Through, ...] = ("customized", "complete", "deployed")
@@ -83,14 +84,80 @@ def test_only_a_deployed_form_asks_for_an_endpoint() -> None:
     assert list(form("deployed")["properties"]) == ["train", "endpoint", "target", "quantization", "port"]
 
 
-def test_a_method_of_its_own_brings_its_own_fields() -> None:
-    beta = {"type": "number", "minimum": 0, "default": 0.04, "title": "Beta", "description": "Weight of the penalty."}
-    method = find_method("sft").model_copy(update={"name": "grpo", "parameters": {"beta": beta}})
-    schema = forms.train_form(method, "customized", [])
-    assert schema["properties"]["train"]["properties"]["method_params"]["properties"]["beta"]["minimum"] == 0
-    train = TRAIN | {"method": "grpo", "method_params": {"beta": -1}}
-    with pytest.raises(ValidationError, match=r"'train\.method_params\.beta'"):
-        validate({"train": train}, schema, raise_on_error=True)
+MINE = TRAIN | {"method": "mine"}
+
+
+def own_form(through: Through = "customized", **changes: Any) -> dict[str, Any]:
+    """The form of a method with parameters of its own and other defaults than the common ones."""
+    parameters = {
+        "beta": {"type": "number", "minimum": 0, "default": 0.04, "title": "Beta", "description": "Of the penalty."},
+        "clip_range": {"type": "number", "default": None},
+        "judge": {"type": "string", "format": "model", "required": True, "description": "Who judges."},
+        "rewards": {"type": "string", "format": "path", "default": "training.py"},
+    }
+    common = {
+        "unused": ["num_generations", "load_in_4bit"],
+        "defaults": {"learning_rate": 1e-6, "max_steps": 50},
+        "choices": {"optimizer": ["adamw", "sgd"]},
+    }
+    install_method(**{"parameters": parameters, "hyperparameters": common, **changes})
+    return forms.train_form(find_method("mine"), through, [])
+
+
+def test_a_method_brings_its_own_fields(home: object) -> None:
+    schema = own_form()
+    is_valid_schema(schema)
+    fields = schema["properties"]["train"]["properties"]["method_params"]["properties"]
+    assert [field["position"] for field in fields.values()] == [0, 1, 2, 3]
+    assert fields["beta"] == {
+        "type": "number",
+        "minimum": 0,
+        "default": 0.04,
+        "title": "Beta",
+        "description": "Of the penalty.",
+        "position": 0,
+    }
+    assert (fields["clip_range"]["title"], "default" in fields["clip_range"]) == ("Clip range", False)
+    assert "LINE@ALIAS" in fields["judge"]["description"]
+    assert "Empty: training.py" in fields["rewards"]["description"]
+    validate({"train": MINE | {"method_params": {"judge": "me", "clip_range": None}}}, schema, raise_on_error=True)
+    for own, path in [
+        ({"beta": -1, "judge": "me"}, r"train\.method_params\.beta"),
+        ({}, "judge"),
+        (None, "method_params"),
+    ]:
+        train = MINE if own is None else MINE | {"method_params": own}
+        with pytest.raises(ValidationError, match=path):
+            validate({"train": train}, schema, raise_on_error=True)
+
+
+def test_a_method_changes_what_is_asked_of_the_common_fields(home: object) -> None:
+    hyper = own_form()["properties"]["train"]["properties"]["hyperparameters"]["properties"]
+    assert not {"num_generations", "load_in_4bit"} & set(hyper)
+    assert list(hyper)[:4] == ["tuning", "epochs", "max_steps", "learning_rate"]
+    assert (hyper["learning_rate"]["default"], hyper["max_steps"]["default"]) == (1e-6, 50)
+    assert hyper["optimizer"]["enum"] == ["adamw", "sgd"]
+    assert hyper["tuning"]["enum"] == ["lora"]
+
+
+def test_what_a_form_leaves_at_the_methods_default_came_from_the_method(home: object) -> None:
+    own_form()
+    # A form sends every field: the common default of the learning rate is a choice here.
+    hyper = {"learning_rate": 1e-4, "max_steps": 50, "lora_rank": 8}
+    own = {"beta": 0.04, "judge": "me", "clip_range": None}
+    train = TrainConfig.model_validate(MINE | {"hyperparameters": hyper, "method_params": own})
+    resolved = forms.resolve_form(train, "customized")
+    assert (resolved.config.hyperparameters.learning_rate, resolved.config.hyperparameters.max_steps) == (1e-4, 50)
+    assert {name: resolved.origins[f"hyperparameters.{name}"] for name in hyper} == {
+        "learning_rate": "form",
+        "max_steps": "method mine",
+        "lora_rank": "default",
+    }
+    assert resolved.origins["method_params.judge"] == "form"
+    assert resolved.origins["method_params.beta"] == "default"
+    refused = TrainConfig.model_validate(MINE | {"hyperparameters": {"num_generations": 3}, "method_params": own})
+    with pytest.raises(UserError, match="has no use for this parameter"):
+        forms.resolve_form(refused, "customized")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 
 from configs.errors import UserError
 from configs.records import TrainRecord
-from configs.train import TrainConfig, effective_through
+from configs.train import Hyperparameters, TrainConfig, effective_through
 from deployments import alerts
 from tasks import models, resuming, tracking, trains
 from tasks.datasets import find_dataset
+from tests.own_methods import install_method
 
 ROWS = [{"question": f"what is {n} and {n}", "answer": str(2 * n)} for n in range(12)]
 
@@ -136,10 +137,19 @@ def _through(bench: Bench) -> None:
 
 
 def _job_parameters(bench: Bench) -> None:
-    record = bench.prepared(hyperparameters={"learning_rate": 3e-4}, method_params={"of_its_own": 5})
+    own = {"of_its_own": {"type": "integer", "default": 1}, "at_default": {"type": "number", "default": 0.5}}
+    install_method(parameters=own, hyperparameters={"unused": ["num_generations"]})
+    record = bench.prepared(method="mine", hyperparameters={"learning_rate": 3e-4}, method_params={"of_its_own": 5})
+    assert record.config.method_params == {"of_its_own": 5, "at_default": 0.5}
     job = trains._training_job(record, bench.folder, None)
     assert job.parameters["learning_rate"] == 3e-4
-    assert job.parameters["of_its_own"] == 5
+    assert job.parameters["lora_alpha"] == 16
+    assert job.parameters["max_new_tokens"] == 128
+    assert (job.parameters["of_its_own"], job.parameters["at_default"]) == (5, 0.5)
+    assert "num_generations" not in job.parameters
+    assert set(Hyperparameters.model_fields) - set(job.parameters) == {"num_generations"}
+    with pytest.raises(UserError, match=r"method_params\.of_its_own = 'x'"):
+        bench.prepared(method="mine", method_params={"of_its_own": "x"})
 
 
 def _gpus(bench: Bench) -> None:
