@@ -176,7 +176,8 @@ def test_four_trains_on_two_slots_run_two_by_two_in_the_order_of_their_work_queu
         wait_for(lambda: host.waiting() == ["usual", "later", "slow"])
         runs["urgent"] = host.start("urgent", "0,1", "high")
         wait_for(lambda: host.waiting() == ["urgent", "usual", "later", "slow"])
-        assert host.record("slow").waiting == "waiting for 1 GPU: 3 trains before it"
+        # A waiting train looks at the queue every now and then: its record follows.
+        wait_for(lambda: host.record("slow").waiting == "waiting for 1 GPU: 3 trains before it", 60)
     finally:
         gpus.release_slots("before them")
     wait_for(lambda: all(host.state(run) in ENDED for run in runs.values()))
