@@ -9,12 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
-from methods.toolkit import chat, chat_rows, memory, models, probing, tokenizing, training
+from methods.toolkit import chat, chat_rows, memory, probing, tokenizing, training, tuning
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -29,25 +28,10 @@ def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]:
 def prepare_model(job: contract.Job) -> Any:
     """Load the base model and put what is trained on top of it; the seed decides an adapter's first weights."""
     set_seed(job.seed)
-    p = job.parameters
-    dtype = training.weights_dtype(p["dtype"], full=p["tuning"] == "full")
-    model = models.load_model(job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
-    model.config.use_cache = False
-    if p["tuning"] == "full":
+    model = tuning.load_trained_model(job)
+    if job.parameters["tuning"] == "full":
         return model
-    if p["load_in_4bit"]:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=p["gradient_checkpointing"])
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=p["lora_rank"],
-        lora_alpha=p["lora_alpha"],
-        lora_dropout=p["lora_dropout"],
-        target_modules=p["lora_targets"],
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise contract.Refused(f"lora_targets {p['lora_targets']!r} do not fit this model: {error}") from error
+    return tuning.add_lora(model, tuning.lora_config(job.parameters))
 
 
 def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, validation: Any | None) -> Trainer:

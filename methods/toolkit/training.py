@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import shutil
 import sys
@@ -34,10 +35,26 @@ CURVES = {
     "num_tokens": "tokens",
     "eval_loss": "eval_loss",
     "eval_mean_token_accuracy": "eval_token_accuracy",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "entropy": "entropy",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "completion_clipped_share",
+    "frac_reward_zero_std": "reward_equal_share",
+    "clip_ratio/region_mean": "clip_ratio",
 }
 """The trainer's own names and ours: the same curve has the same name for every method."""
 
+_OF_REWARD = re.compile(r"rewards/(.+)/mean")
+
 _POLYNOMIAL = {"power": 2.0, "lr_end": 0.0}  # the library's own end, 1e-7, is above some learning rates
+
+
+def curve_name(name: str) -> str | None:
+    """Our name of a curve of the trainer's, None for one that is not recorded."""
+    of_reward = _OF_REWARD.fullmatch(name)
+    return f"reward_{of_reward[1]}" if of_reward else CURVES.get(name)
 
 
 def training_arguments(job: contract.Job, *, has_validation: bool) -> dict[str, Any]:
@@ -97,21 +114,13 @@ def weights_dtype(dtype: str, *, full: bool) -> str:
     return "float32" if full else "float16"
 
 
-class Repeatable:
-    """Mixed in before a transformers trainer: the order of rows and the schedule depend on the job alone.
-
-    The library's own length-grouped order is drawn from the global generator, so that a resumed epoch sees other
-    rows than an uninterrupted one; here it is drawn from the seed and the epoch.
-    """
+class Scheduled:
+    """Mixed in before a transformers trainer: its schedule follows from the job, and it counts what it works on."""
 
     job: contract.Job
-    lengths: list[int]
     args: Any
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        p = self.job.parameters
-        group = p["batch_size"] * p["grad_accum_steps"]
-        return LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
+    real_positions = 0
+    all_positions = 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         p = self.job.parameters
@@ -120,10 +129,28 @@ class Repeatable:
         keep_above_floor(scheduler, p["lr_decay_ratio"])
         return scheduler
 
+    def count_positions(self, *masks: Any) -> None:
+        """Count the positions of a batch, and those of them that its attention masks do not leave out."""
+        self.real_positions += sum(int(mask.sum()) for mask in masks)
+        self.all_positions += sum(mask.numel() for mask in masks)
+
+
+class Repeatable(Scheduled):
+    """Mixed in before a transformers trainer: the order of rows and the schedule depend on the job alone.
+
+    The library's own length-grouped order is drawn from the global generator, so that a resumed epoch sees other
+    rows than an uninterrupted one; here it is drawn from the seed and the epoch.
+    """
+
+    lengths: list[int]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        p = self.job.parameters
+        group = p["batch_size"] * p["grad_accum_steps"]
+        return LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        mask = inputs["attention_mask"]
-        self.real_positions = getattr(self, "real_positions", 0) + int(mask.sum())
-        self.all_positions = getattr(self, "all_positions", 0) + mask.numel()
+        self.count_positions(inputs["attention_mask"])
         return super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
 
 
@@ -227,7 +254,7 @@ class EventWriter(TrainerCallback):
         self.job.progress(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        values = {CURVES[name]: value for name, value in logs.items() if name in CURVES}
+        values = {ours: value for name, value in logs.items() if (ours := curve_name(name)) is not None}
         if "loss" in values:
             values |= self._speed()
         if "loss" in values or "eval_loss" in values:
