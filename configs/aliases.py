@@ -22,6 +22,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "completion_column": ("PromptOutputColumn", "输出列"),
     "validation_dataset": ("验证数据集", "验证数据"),
     "evaluation_dataset": ("评估数据集",),
+    "stop_words": ("停用词", "基于规则的停用词表", "stopWordsPath"),
     "alerts": ("订阅提醒",),
     "hyperparameters": ("训练参数", "超参数", "参数配置"),
     "tuning": ("训练方式", "训练方法"),

@@ -45,7 +45,7 @@ _EXPECTED = {name: limits_of(schema) for name, schema in _TRAIN_FIELDS.items()} 
 }
 _IMPOSSIBLE = "this value is impossible"
 _GROUPS = ("hyperparameters", "method_params")
-_PATH_FIELDS = ("dataset", "validation_dataset", "evaluation_dataset", "base_model")
+_PATH_FIELDS = ("dataset", "validation_dataset", "evaluation_dataset", "base_model", "stop_words")
 
 
 class ResolvedTrain(BaseModel):
@@ -591,6 +591,9 @@ def _without_effect(config: TrainConfig, merged: _Layer) -> list[str]:
         found.append("warm-up has no effect: the constant schedule has none (use constant_with_warmup)")
     if given("evaluation_steps") and config.validation_dataset is None and config.validation_split is None:
         found.append("evaluation_steps has no effect: neither validation_dataset nor validation_split is given")
+    for name in ("evaluation_by", "stop_words"):
+        if name in merged and merged[name].value is not None and config.evaluation_dataset is None:
+            found.append(f"{name} has no effect: there is no evaluation_dataset to be scored")
     if hyper.max_steps is not None and hyper.warmup_steps is not None and hyper.warmup_steps >= hyper.max_steps:
         found.append(f"warmup_steps ({hyper.warmup_steps}) never ends within max_steps ({hyper.max_steps})")
     return found

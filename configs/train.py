@@ -388,6 +388,17 @@ class TrainConfig(BaseModel):
         title="Evaluation rows",
         description="How many rows of the evaluation dataset are scored; -1: all.",
     )
+    evaluation_by: Text | None = Field(
+        default=None,
+        title="Evaluate by",
+        description="Columns of the evaluation rows, separated by commas: the rows with each of their values are "
+        "scored apart as well.",
+    )
+    stop_words: Text | None = Field(
+        default=None,
+        title="Stop words",
+        description="Words that scoring leaves out: zh, en, zh,en, or a file with one a line. Not set: none.",
+    )
     max_new_tokens: Whole = Field(
         default=128,
         ge=1,

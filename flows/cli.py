@@ -26,10 +26,11 @@ from flows import (
     cli_methods,
     cli_models,
     cli_retraining,
+    cli_scores,
     cli_targets,
     cli_trains,
 )
-from flows.printing import print_fields, print_json, print_scores, print_table
+from flows.printing import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from configs.records import ModelRecord
@@ -49,6 +50,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(cli_scores.evaluate)
+app.command()(cli_scores.score)
 app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
 app.add_typer(cli_models.app, name="models")
@@ -172,52 +175,6 @@ def infer(
     print(answer.answer)
     if answer.hit_limit:
         print(f"(cut at {max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    dataset: Annotated[str, typer.Option(help="A file, or the name of a dataset.")],
-    prompt_column: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
-    completion_column: Annotated[str | None, typer.Option(help="Column of the expected answer.")] = None,
-    samples: Annotated[int, typer.Option(help="How many rows; -1 for all.", min=-1)] = -1,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
-    json_: Json = False,
-) -> None:
-    """Score a model's answers to the rows of a dataset; recorded in MLflow."""
-    found = cli_models.find(model)
-    from configs.datasets import Columns, Wanted
-    from tasks.datasets import resolve_dataset
-    from tasks.evaluation import evaluate_and_record
-    from tasks.inference import Generation
-
-    columns, wanted = Columns(prompt=prompt_column, completion=completion_column), Wanted("evaluation", ("chat",))
-    version = resolve_dataset(dataset, columns, wanted=wanted)
-    cli_trains.embedded()
-    with cli_trains.terminal_line("evaluating") as follow:
-        outcome = evaluate_and_record(found, version, Generation(max_new_tokens=max_new_tokens), samples, follow)
-    if json_:
-        print_json({"model": outcome.model, "dataset": outcome.dataset, **outcome.scores.model_dump()})
-        return
-    print_scores(None, outcome.figures, ("", outcome.model))
-    print(f"{outcome.rows} rows of {outcome.dataset}; {outcome.scores.tokeniser}")
-
-
-@app.command()
-def score(
-    file: Annotated[Path, typer.Argument(help="JSON Lines with `prediction` and `reference`.")],
-    stop_words: Annotated[Path | None, typer.Option(help="File of words to ignore, one a line.")] = None,
-    json_: Json = False,
-) -> None:
-    """Score answers against references: accuracy, F1, ROUGE-1/2/L, BLEU-4, in percent."""
-    from tasks.scoring import score_file
-
-    scores = score_file(file, stop_words) if stop_words else score_file(file)
-    if json_:
-        print_json(scores.model_dump())
-        return
-    print_scores(None, scores.model_dump(), ("", file.name))
-    print(f"{scores.rows} rows, {scores.empty_predictions} of them without an answer; {scores.tokeniser}")
 
 
 @app.command()

@@ -13,6 +13,9 @@ from configs.scoring import SCORE_TITLES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from configs.scoring import PairedDifference, Scores
+
+SLICE_FIGURES = ("accuracy", "contains", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu_4")
 _GAP = 2
 _SHORT = 20
 
@@ -136,17 +139,58 @@ def print_warning(text: str) -> None:
 
 
 def print_scores(before: Mapping[str, float] | None, after: Mapping[str, float], names: tuple[str, str]) -> None:
-    """Print the scores (percent) of two models side by side, or of one."""
+    """Print the figures (percent) of two models side by side, or of one."""
     if before is None:
         rows = [(title, f"{after[key]:.2f}") for key, title in SCORE_TITLES.items() if key in after]
         print_table(("Score in percent", names[1]), rows, "nothing was scored")
-        return
-    rows3 = [
-        (title, f"{before[key]:.2f}", f"{after[key]:.2f}", f"{after[key] - before[key]:+.2f}")
-        for key, title in SCORE_TITLES.items()
-        if key in before and key in after
+    else:
+        rows3 = [
+            (title, f"{before[key]:.2f}", f"{after[key]:.2f}", f"{after[key] - before[key]:+.2f}")
+            for key, title in SCORE_TITLES.items()
+            if key in before and key in after
+        ]
+        print_table(("Score in percent", *names, "Change"), rows3, "nothing was scored")
+
+
+def print_mean_scores(scores: Scores, figures: Mapping[str, float], name: str) -> None:
+    """Print the figures (percent) with their intervals, those of each slice, and what they were computed with."""
+    from tasks.scoring import computed_with
+
+    rows = [(title, *_with_interval(scores, figures, key)) for key, title in SCORE_TITLES.items() if key in figures]
+    level = f"{100 * scores.confidence:g} % interval"
+    print_table(("Score in percent", name, level), rows, "nothing was scored")
+    for column, parts in scores.slices.items():
+        print()
+        sliced = [
+            (value, part.rows, *(f"{getattr(part, key):.2f}" for key in SLICE_FIGURES)) for value, part in parts.items()
+        ]
+        print_table((column, "Rows", *(SCORE_TITLES[key] for key in SLICE_FIGURES)), sliced, "no rows")
+    print()
+    print(f"{scores.rows} rows, {scores.empty_predictions} of them without an answer; {computed_with(scores)}")
+
+
+def _with_interval(scores: Scores, figures: Mapping[str, float], key: str) -> tuple[str, str | None]:
+    interval = scores.intervals.get(key)
+    return f"{figures[key]:.2f}", f"{interval.low:.2f} to {interval.high:.2f}" if interval else None
+
+
+def print_differences(found: Sequence[PairedDifference], names: tuple[str, str]) -> None:
+    """Print two models side by side, metric by metric, with the interval of the difference and what it says."""
+    rows = [
+        (
+            SCORE_TITLES[each.metric],
+            f"{each.first:.2f}",
+            f"{each.second:.2f}",
+            f"{each.difference:+.2f}",
+            f"{each.interval.low:+.2f} to {each.interval.high:+.2f}",
+            "-" if each.mcnemar_p is None else f"{each.mcnemar_p:.3g}",
+            each.verdict,
+        )
+        for each in found
     ]
-    print_table(("Score in percent", *names, "Change"), rows3, "nothing was scored")
+    level = f"{100 * found[0].confidence:g} % interval" if found else ""
+    columns = ("Score in percent", *names, "Difference", level, "McNemar p", f"{names[1]} is")
+    print_table(columns, rows, "nothing to compare")
 
 
 def _cell(value: Any) -> str:

@@ -14,6 +14,8 @@ from tasks.datasets import check_reference
 from tasks.gpus import wanted_gpus
 from tasks.method_inputs import fixed_models
 from tasks.models import own_base
+from tasks.scoring import scoring_options
+from tasks.stop_words import read_stop_words
 
 DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
 
@@ -31,7 +33,7 @@ def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
     _check_base(config.base_model)
     columns = Columns(prompt=config.prompt_column, completion=config.completion_column)
     given = {name: getattr(config, name) for name in DATASETS if getattr(config, name) is not None}
-    return {
+    reports = {
         name: check_reference(
             reference,
             columns,
@@ -41,6 +43,22 @@ def check_train(config: TrainConfig) -> dict[str, DatasetReport]:
         )
         for name, reference in given.items()
     }
+    _check_scoring(config, reports.get("evaluation_dataset"))
+    return reports
+
+
+def _check_scoring(config: TrainConfig, evaluation: DatasetReport | None) -> None:
+    read_stop_words(config.stop_words)
+    if evaluation is None:
+        return
+    for column in scoring_options(config).by:
+        if column not in evaluation.extra_kept:
+            raise UserError(
+                "the evaluation rows have no further column of this name to be scored by",
+                field="evaluation_by",
+                value=column,
+                expected=f"one of: {', '.join(evaluation.extra_kept) or '(they have none)'}",
+            )
 
 
 def wanted_rows(method: Method, field: str) -> Wanted:

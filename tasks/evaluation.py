@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from configs.datasets import DatasetVersion
 from configs.endpoints import Endpoint
 from configs.errors import UserError
 from configs.records import ModelRecord, TrainStatus
-from configs.scoring import Scores
+from configs.scoring import RULE_METRICS, RowScores, Scores, ScoringOptions
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
-from tasks.inference import Answer, Generation, Message, answer_prompts
+from tasks.inference import Answer, Generation, answer_prompts
 from tasks.models import logged_model_id
+from tasks.scored_files import slice_name
 from tasks.scoring import score_rows, summarise
+from tasks.stop_words import read_stop_words
 
 
 class Evaluation(BaseModel):
@@ -30,17 +33,16 @@ class Evaluation(BaseModel):
     scores: Scores
     rows: int
     hit_limit: int
+    perplexity: float | None = Field(default=None, description="Of the references, by token; None: not asked for.")
     predictions: list[dict[str, Any]]
+    row_scores: list[RowScores] = Field(default_factory=list, description="Of each row, in the same order.")
 
     @property
     def figures(self) -> dict[str, float]:
-        """The figures one compares, in percent."""
-        names = ("accuracy", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu_4")
-        content = self.scores.model_dump()
-        return {
-            **{name: content[name] for name in names},
-            "hit_limit": 100 * self.hit_limit / self.rows if self.rows else 0.0,
-        }
+        """The figures one compares, in percent; the perplexity, where there is one, is a number of its own."""
+        told = {name: value for name in RULE_METRICS if (value := getattr(self.scores, name)) is not None}
+        told["hit_limit"] = 100 * self.hit_limit / self.rows if self.rows else 0.0
+        return told | ({} if self.perplexity is None else {"perplexity": self.perplexity})
 
 
 def evaluate(
@@ -49,46 +51,95 @@ def evaluate(
     generation: Generation,
     samples: int = -1,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    options: ScoringOptions | None = None,
+    *,
+    perplexity: bool = False,
 ) -> Evaluation:
     """Let the model answer the last turn of each row and score the answers against the row's own.
 
-    `samples` rows from the start of the dataset, -1 for all.
+    `samples` rows from the start of the dataset, -1 for all. With `perplexity` the model is also asked how likely
+    the row's own answers are.
     """
-    conversations = read_conversations(version.path, samples)
-    answers = answer_prompts(model, [messages[:-1] for messages in conversations], generation, on_events)
-    return _scored(model.name, version, conversations, answers)
+    rows = read_rows(version.path, samples)
+    conversations = [row["messages"] for row in rows]
+    references = [messages[-1]["content"] for messages in conversations] if perplexity else None
+    prompts = [messages[:-1] for messages in conversations]
+    answers = answer_prompts(model, prompts, generation, on_events, references)
+    return score_answers(model.name, version, rows, answers, options)
 
 
-def _scored(
-    model: str, version: DatasetVersion, conversations: Sequence[list[Message]], answers: Sequence[Answer]
+def score_answers(
+    model: str,
+    version: DatasetVersion,
+    rows: Sequence[dict[str, Any]],
+    answers: Sequence[Answer],
+    options: ScoringOptions | None = None,
 ) -> Evaluation:
-    references = [messages[-1]["content"] for messages in conversations]
-    rows = list(score_rows(zip((answer.answer for answer in answers), references, strict=True)))
+    """Score the answers to the last turns of stored rows, overall and by the columns that the options name."""
+    options = options or ScoringOptions()
+    stop_words = read_stop_words(options.stop_words)
+    references = [row["messages"][-1]["content"] for row in rows]
+    scored = score_rows(zip((answer.answer for answer in answers), references, strict=True), stop_words)
     predictions = [
         {
-            "prompt": messages[-2]["content"] if len(messages) > 1 else "",
-            "reference": messages[-1]["content"],
+            "prompt": row["messages"][-2]["content"] if len(row["messages"]) > 1 else "",
+            "reference": row["messages"][-1]["content"],
             "prediction": answer.answer,
-            "exact": row.accuracy == 100.0,
+            "exact": figures.accuracy == 100.0,
             "hit_limit": answer.hit_limit,
+            **({"extra": row["extra"]} if row.get("extra") else {}),
         }
-        for messages, answer, row in zip(conversations, answers, rows, strict=True)
+        for row, answer, figures in zip(rows, answers, scored, strict=True)
     ]
     return Evaluation(
         model=model,
         dataset=version.reference,
-        scores=summarise(rows),
-        rows=len(rows),
+        scores=summarise(
+            scored,
+            stop_words,
+            confidence=options.confidence,
+            by={column: _column(rows, column, version) for column in options.by},
+        ),
+        rows=len(scored),
         hit_limit=sum(answer.hit_limit for answer in answers),
+        perplexity=_perplexity(answers),
         predictions=predictions,
+        row_scores=scored,
     )
+
+
+def _column(rows: Sequence[dict[str, Any]], column: str, version: DatasetVersion) -> list[str]:
+    """The values of a further column of the stored rows, one a row."""
+    known = sorted({name for row in rows for name in row.get("extra", {})})
+    if column not in known:
+        raise UserError(
+            f"the rows of {version.reference} have no further column of this name",
+            field="by",
+            value=column,
+            expected=f"one of: {', '.join(known) or '(they have none)'}",
+        )
+    return [slice_name(row.get("extra", {}).get(column)) for row in rows]
+
+
+def _perplexity(answers: Sequence[Answer]) -> float | None:
+    """How many tokens the model wavers between, on average, when it is to give the references (1: none)."""
+    likelihoods = [answer.reference_logprob for answer in answers if answer.reference_logprob is not None]
+    tokens = sum(answer.reference_tokens for answer in answers)
+    if not tokens or len(likelihoods) < len(answers):
+        return None
+    return math.exp(-math.fsum(likelihoods) / tokens)
+
+
+def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
+    """The rows of a stored dataset; at most `limit`, -1 for all."""
+    with path.open(encoding="utf-8") as file:
+        lines = file if limit == -1 else islice(file, limit)
+        return [json.loads(line) for line in lines]
 
 
 def read_conversations(path: Path, limit: int) -> list[list[dict[str, str]]]:
     """The conversations of a stored dataset; at most `limit`, -1 for all."""
-    with path.open(encoding="utf-8") as file:
-        lines = file if limit == -1 else islice(file, limit)
-        return [json.loads(line)["messages"] for line in lines]
+    return [row["messages"] for row in read_rows(path, limit)]
 
 
 def evaluate_and_record(
@@ -97,9 +148,12 @@ def evaluate_and_record(
     generation: Generation,
     samples: int = -1,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    options: ScoringOptions | None = None,
+    *,
+    perplexity: bool = False,
 ) -> Evaluation:
     """Score a model in an MLflow run of its own: scores, predictions, the dataset, the model's name."""
-    outcome = evaluate(model, version, generation, samples, on_events)
+    outcome = evaluate(model, version, generation, samples, on_events, options, perplexity=perplexity)
     tags = {"tuneline.model": model.name, "tuneline.dataset": version.reference}
     run_id = tracking.start_run(f"{model.name} on {version.name}", "evaluation", tags)
     status: TrainStatus = "failed"
@@ -119,6 +173,7 @@ def evaluate_endpoint(
     generation: Generation,
     samples: int = -1,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    options: ScoringOptions | None = None,
 ) -> Evaluation:
     """Score what is deployed at an endpoint by asking it, as its users do; recorded below the model's own run.
 
@@ -128,9 +183,9 @@ def evaluate_endpoint(
     if deployment is None:
         raise UserError(f"nothing is deployed at the endpoint '{endpoint.name}'", field="endpoint")
     model = models.find_model(deployment.model_name)
-    conversations = read_conversations(version.path, samples)
-    answers = ask_endpoint(endpoint, [messages[:-1] for messages in conversations], generation, on_events)
-    outcome = _scored(deployment.model, version, conversations, answers)
+    rows = read_rows(version.path, samples)
+    answers = ask_endpoint(endpoint, [row["messages"][:-1] for row in rows], generation, on_events)
+    outcome = score_answers(deployment.model, version, rows, answers, options)
     tags = {
         "tuneline.model": model.name,
         "tuneline.deployed_model": deployment.model,
@@ -163,9 +218,9 @@ def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str 
     figures = {f"{name}_{which}": value for name, value in outcome.figures.items()}
     tracking.log_scores(run_id, figures, model_id)
     client = tracking.mlflow_client()
-    scores = outcome.model_dump(mode="json", exclude={"predictions"})
+    scores = outcome.model_dump(mode="json", exclude={"predictions", "row_scores"})
     client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")
     rows = outcome.predictions
-    table = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    table = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     if table:
         client.log_table(run_id, table, f"evaluation/predictions_{which}.json")

@@ -38,12 +38,14 @@ class Generation(BaseModel):
 
 
 class Answer(BaseModel):
-    """One answer and the prompt as the model saw it."""
+    """One answer and the prompt as the model saw it; how likely the reference is to the model, if that was asked."""
 
     answer: str
     tokens: int
     hit_limit: bool
     prompt_token_ids: list[int]
+    reference_logprob: float | None = Field(default=None, description="Natural logarithm of the likelihood.")
+    reference_tokens: int = Field(default=0, description="Its tokens, the end token included.")
 
 
 def answer_prompts(
@@ -51,9 +53,16 @@ def answer_prompts(
     conversations: Sequence[list[Message]],
     generation: Generation,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    references: Sequence[str] | None = None,
 ) -> list[Answer]:
-    """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled."""
-    asked = [{"messages": messages} for messages in conversations]
+    """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled.
+
+    With `references`, one a conversation, each answer also says how likely the model finds its reference; a custom
+    method's stage may not tell.
+    """
+    asked: list[dict[str, Any]] = [{"messages": messages} for messages in conversations]
+    for request, reference in zip(asked, references or (), strict=references is not None):
+        request["reference"] = reference
     return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
 
 

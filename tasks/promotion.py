@@ -7,10 +7,7 @@ from collections.abc import Sequence
 
 from configs.errors import UserError
 from configs.retraining import PairedComparison, RetrainPolicy
-
-RESAMPLES = 9999
-FEW_ROWS = 30
-_NUMBERS_AT_ONCE = 5_000_000  # of resampled rows: 80 MB
+from tasks.statistics import FEW_ROWS, difference_interval
 
 
 def compare_rows(
@@ -57,33 +54,6 @@ def compare_rows(
     enough, certain = difference >= policy.margin, low > 0
     found = PairedComparison.model_validate({**figures, "promoted": enough and certain, "reason": ""})
     return found.model_copy(update={"reason": _reason(found, policy.margin, enough, certain)})
-
-
-def difference_interval(
-    champion: Sequence[float], challenger: Sequence[float], confidence: float, seed: int
-) -> tuple[float, float]:
-    """Percentile interval of the mean difference (challenger - champion) by a paired bootstrap over the rows.
-
-    Rows are drawn with replacement, the same for both models, `RESAMPLES` times; the ends are the quantiles
-    (1 ± confidence) / 2 of the mean differences. Efron and Tibshirani, An Introduction to the Bootstrap (1993),
-    chapter 13; for comparing systems on one test set: Koehn, EMNLP 2004.
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    old, new = np.asarray(champion, dtype=float), np.asarray(challenger, dtype=float)
-    found = bootstrap(
-        (new, old),
-        lambda after, before, axis: np.mean(after - before, axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, _NUMBERS_AT_ONCE // len(old)),
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def _reason(found: PairedComparison, margin: float, enough: bool, certain: bool) -> str:

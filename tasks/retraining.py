@@ -37,6 +37,7 @@ from tasks.inference import Generation
 from tasks.promotion import compare_rows
 from tasks.scoring import score_rows
 from tasks.tracking import code_version
+from tasks.train_report import kept_evaluation
 
 POLICY_FILE = "policy.yaml"
 _ATTEMPT_FILE = "attempt.json"
@@ -389,6 +390,7 @@ def _record_evaluation(
         return
     tracking.log_dataset(record.run_id, version, "evaluation")
     keep_evaluation(record.run_id, answered, "tuned", models.logged_model_id(challenger))
+    write_record(kept_evaluation(trains.train_folder(record.id), "tuned"), answered)
     models.note_evaluation(challenger, answered.figures)
     evaluation = {**record.evaluation, "tuned": answered.figures}
     trains.update_train(record.id, evaluation_dataset=version.reference, evaluation=evaluation)

@@ -1,34 +1,51 @@
-"""Scores answers against references: accuracy, F1, ROUGE-1/2/L and BLEU-4 in one pass.
+"""Scores answers against references: accuracy, F1, ROUGE-1/2/L, BLEU-4, edit distance and JSON in one pass.
 
-All metrics are over the same tokens: jieba's, with its default dictionary, punctuation and whitespace kept.
+The rule metrics are over the same tokens: jieba's, with its default dictionary, punctuation and whitespace kept.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from configs.errors import UserError
-from configs.scoring import Metrics, PredictionRow, RowScores, Scores
+from configs.scoring import (
+    DEFAULT_CONFIDENCE,
+    RULE_METRICS,
+    Interval,
+    Metrics,
+    RowScores,
+    Scores,
+    ScoringOptions,
+    TextChecks,
+)
+from configs.train import TrainConfig
+from tasks.statistics import mean_intervals
+from tasks.text_checks import check_texts
 
 LIBRARIES = ("jieba", "nltk", "rouge-chinese")
 NO_STOP_WORDS: frozenset[str] = frozenset()
+MOST_SLICES = 200
+_JSON_FIGURES = ("json_valid", "json_exact", "json_fields")
+
+
+def scoring_options(config: TrainConfig) -> ScoringOptions:
+    """How the answers of a train's models are scored."""
+    by = [column.strip() for column in (config.evaluation_by or "").split(",")]
+    return ScoringOptions(stop_words=config.stop_words, by=tuple(filter(None, by)))
 
 
 def score(pairs: Iterable[tuple[str, str]], stop_words: Collection[str] = NO_STOP_WORDS) -> Scores:
     """Mean metrics, in percent, over `(prediction, reference)` pairs; an empty prediction counts as 0.
 
-    Tokens found in `stop_words` are left out of both sides before anything is computed, accuracy included.
-    Raises UserError if there is no pair, or if a reference is empty or consists of stop words alone.
+    Tokens found in `stop_words` are left out of both sides before anything is computed from tokens, accuracy
+    included. Raises UserError if there is no pair, or if a reference is empty or consists of stop words alone.
     """
     return summarise(score_rows(pairs, stop_words), stop_words)
 
@@ -38,137 +55,119 @@ def score_rows(
     stop_words: Collection[str] = NO_STOP_WORDS,
     *,
     source: Path | None = None,
+    lines: Sequence[int | None] | None = None,
 ) -> list[RowScores]:
-    """The metrics of each `(prediction, reference)` pair, in order; `source` is the file errors are to name.
+    """The metrics of each `(prediction, reference)` pair, in order.
 
-    Raises UserError for an empty reference (see `score`).
+    `source` is the file that errors are to name, `lines` the lines of the pairs in it. Raises UserError for an empty
+    reference (see `score`).
     """
     ignored = frozenset(stop_words)
-    return [
-        _score_row(row, prediction, reference, ignored, source)
-        for row, (prediction, reference) in enumerate(pairs, start=1)
-    ]
+    scored = []
+    for row, (prediction, reference) in enumerate(pairs, start=1):
+        try:
+            scored.append(_score_row(row, prediction, reference, ignored))
+        except _BlankReferenceError:
+            raise UserError(
+                f"the reference of row {row} is empty" + (" once stop words are left out" * bool(ignored)),
+                file=source,
+                line=lines[row - 1] if lines is not None else None,
+                field="reference",
+                value=reference,
+                expected="the answer that was wanted",
+            ) from None
+    return scored
 
 
-def summarise(rows: Sequence[RowScores], stop_words: Collection[str] = NO_STOP_WORDS) -> Scores:
-    """The mean of each metric over `rows`. Raises UserError if there are none."""
+def summarise(
+    rows: Sequence[RowScores],
+    stop_words: Collection[str] = NO_STOP_WORDS,
+    *,
+    confidence: float = DEFAULT_CONFIDENCE,
+    by: Mapping[str, Sequence[str]] | None = None,
+) -> Scores:
+    """The mean of each metric over `rows`, with its interval; the same for the rows with each value of the columns.
+
+    `by` holds the values of each column, one a row. Raises UserError if there are no rows, or if a column has more
+    than `MOST_SLICES` different values.
+    """
+    overall = _mean_scores(rows, stop_words, confidence)
+    slices = {
+        column: {value: _mean_scores(part, stop_words, confidence) for value, part in _parts(rows, column, values)}
+        for column, values in (by or {}).items()
+    }
+    return overall.model_copy(update={"slices": slices})
+
+
+def computed_with(scores: Scores) -> str:
+    """The tokeniser, the libraries with their versions, and the stop words, in one sentence."""
+    libraries = ", ".join(f"{name} {version}" for name, version in scores.libraries.items())
+    words = f"{scores.stop_words} stop words left out" if scores.stop_words else "no stop words left out"
+    return f"tokens by {scores.tokeniser}; {libraries}; {words}"
+
+
+def _parts(rows: Sequence[RowScores], column: str, values: Sequence[str]) -> list[tuple[str, list[RowScores]]]:
+    """The rows with each value of a column; the value that most rows have first."""
+    parts: dict[str, list[RowScores]] = {}
+    for row, value in zip(rows, values, strict=True):
+        parts.setdefault(value, []).append(row)
+    if len(parts) > MOST_SLICES:
+        raise UserError(
+            f"the column has {len(parts)} different values in {len(rows)} rows",
+            field="by",
+            value=column,
+            expected=f"a column of at most {MOST_SLICES} different values, such as a language or a task",
+        )
+    return sorted(parts.items(), key=lambda item: -len(item[1]))
+
+
+def _mean_scores(rows: Sequence[RowScores], stop_words: Collection[str], confidence: float) -> Scores:
     if not rows:
         raise UserError("there is nothing to score", expected="at least one prediction with its reference")
-    # fsum rounds once, at the end, so that the mean does not depend on the order of the rows.
-    means = {name: math.fsum(getattr(row, name) for row in rows) / len(rows) for name in Metrics.model_fields}
+    json_rows = [row for row in rows if row.json_valid is not None]
+    of_all = [name for name in RULE_METRICS if name not in _JSON_FIGURES]
+    means, intervals = _means(rows, of_all, confidence)
+    json_means, json_intervals = _means(json_rows, _JSON_FIGURES, confidence) if json_rows else ({}, {})
     libraries = {name: version(name) for name in LIBRARIES}
-    return Scores(
-        **means,
-        rows=len(rows),
-        empty_predictions=sum(row.empty_prediction for row in rows),
-        stop_words=len(set(stop_words)),
-        tokeniser=f"jieba {libraries['jieba']}, default dictionary, punctuation and whitespace kept",
-        libraries=libraries,
+    return Scores.model_validate(
+        {
+            **means,
+            **json_means,
+            "rows": len(rows),
+            "empty_predictions": sum(row.empty_prediction for row in rows),
+            "json_rows": len(json_rows),
+            "stop_words": len(set(stop_words)),
+            "tokeniser": f"jieba {libraries['jieba']}, default dictionary, punctuation and whitespace kept",
+            "libraries": libraries,
+            "confidence": confidence,
+            "intervals": intervals | json_intervals,
+        }
     )
 
 
-def score_file(path: Path, stop_words: Path | Collection[str] = NO_STOP_WORDS) -> Scores:
-    """Mean metrics of a UTF-8 JSON Lines file of `{"prediction": …, "reference": …}` rows.
-
-    `stop_words` is a list, or a file with one a line. Raises UserError naming file, line and field.
-    """
-    ignored = read_stop_words(stop_words) if isinstance(stop_words, Path) else stop_words
-    rows = score_rows(read_pairs(path), ignored, source=path)
-    if not rows:
-        raise UserError("the file holds no rows", file=path, expected="one JSON object a line")
-    return summarise(rows, ignored)
+def _means(
+    rows: Sequence[RowScores], names: Sequence[str], confidence: float
+) -> tuple[dict[str, float], dict[str, Interval]]:
+    columns = {name: [float(getattr(row, name)) for row in rows] for name in names}
+    # fsum rounds once, at the end, so that the mean does not depend on the order of the rows.
+    means = {name: math.fsum(values) / len(rows) for name, values in columns.items()}
+    return means, mean_intervals(columns, confidence)
 
 
-def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """The `(prediction, reference)` pairs of a JSON Lines file, one line in memory at a time.
-
-    Raises UserError for anything that is not one JSON object a line with these two texts.
-    """
-    for line, text in _read_lines(path):
-        if not text.strip():
-            raise UserError("the line is blank", file=path, line=line, mend="remove the line")
-        row = _parse_row(text, path, line)
-        yield row.prediction, row.reference
+class _BlankReferenceError(Exception):
+    """There is nothing to compare an answer with."""
 
 
-def read_stop_words(path: Path) -> frozenset[str]:
-    """The stop words of a UTF-8 text file, one a line; blank lines and surrounding whitespace are ignored.
-
-    They are compared with whole tokens, case and all. Raises UserError if the file cannot be read or is bare.
-    """
-    words = frozenset(text.strip() for _, text in _read_lines(path)) - {""}
-    if not words:
-        raise UserError("the file holds no stop words", file=path, expected="one stop word a line")
-    return words
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open("rb") as lines:
-            for line, data in enumerate(lines, start=1):
-                yield line, _decode(data, path, line)
-    except OSError as error:
-        raise UserError(f"the file cannot be read: {error.strerror}", file=path) from error
-
-
-def _decode(data: bytes, path: Path, line: int) -> str:
-    if line == 1 and data.startswith(b"\xef\xbb\xbf"):
-        mend = "save it as UTF-8 without BOM"
-        raise UserError("the file starts with a byte-order mark", file=path, line=line, mend=mend)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start + 1} of the line is not UTF-8",
-            file=path,
-            line=line,
-            value=data[error.start],
-            mend="save the file as UTF-8",
-        ) from error
-
-
-def _parse_row(text: str, path: Path, line: int) -> PredictionRow:
-    try:
-        value = json.loads(text, object_pairs_hook=_object_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the line is not valid JSON: {error}", file=path, line=line) from error
-    try:
-        return PredictionRow.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"the row is not a prediction with its reference: {first['msg'].lower()}",
-            file=path,
-            line=line,
-            field=".".join(str(part) for part in first["loc"]) or None,
-            value=first["input"] if first["type"] != "missing" else None,
-            expected='{"prediction": "text", "reference": "text, not empty"}',
-        ) from error
-
-
-def _object_without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [name for name, count in Counter(name for name, _ in items).items() if count > 1]
-    if repeated:
-        raise ValueError(f"the key {repeated[0]!r} stands twice in one object")
-    return dict(items)
-
-
-def _score_row(row: int, prediction: str, reference: str, stop_words: frozenset[str], source: Path | None) -> RowScores:
+def _score_row(row: int, prediction: str, reference: str, stop_words: frozenset[str]) -> RowScores:
     wanted = _cut(reference, stop_words)
     if not "".join(wanted).strip():
-        raise UserError(
-            f"the reference of row {row} is empty" + (" once stop words are left out" * bool(stop_words)),
-            file=source,
-            line=row if source else None,
-            field="reference",
-            value=reference,
-            expected="the answer that was wanted",
-        )
+        raise _BlankReferenceError
     given = _cut(prediction, stop_words)
+    checks = TextChecks.model_validate(check_texts(prediction, reference)).model_dump()
     # Blank answers stop here: rouge_chinese raises on them, and their whitespace would earn a share of F1.
     if not "".join(given).strip():
-        return RowScores(row=row, empty_prediction=True, **dict.fromkeys(Metrics.model_fields, 0.0))
-    return RowScores(row=row, empty_prediction=False, **_compare(given, wanted))
+        return RowScores(row=row, empty_prediction=True, **dict.fromkeys(Metrics.model_fields, 0.0), **checks)
+    return RowScores(row=row, empty_prediction=False, **_compare(given, wanted), **checks)
 
 
 def _compare(given: list[str], wanted: list[str]) -> dict[str, float]:
@@ -249,7 +248,20 @@ def _bleu_4(given: list[str], wanted: list[str]) -> float:
 
 
 def _cut(text: str, stop_words: frozenset[str]) -> list[str]:
-    return [token for token in _tokeniser().cut(text) if token not in stop_words]
+    tokens = list(_tokeniser().cut(text))
+    if not stop_words:
+        return tokens
+    kept: list[str] = []
+    left_out = False
+    for token in tokens:
+        if token in stop_words:
+            left_out = True
+            continue
+        # Of the blanks on both sides of a word that is left out one is left: `on the light` is `on light` then.
+        if not (left_out and token.isspace() and (not kept or kept[-1].isspace())):
+            kept.append(token)
+        left_out = False
+    return kept
 
 
 @cache

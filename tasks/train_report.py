@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,13 @@ from typing import Any
 
 from configs.records import TrainRecord, TrainStatus
 from configs.resolve import DEFAULT, ResolvedTrain, describe
-from configs.scoring import SCORE_TITLES
+from configs.scoring import DEFAULT_CONFIDENCE, SCORE_TITLES, PairedDifference
 from methods import contract
-from tasks.files import last_lines, write_text
+from tasks.evaluation import Evaluation
+from tasks.files import last_lines, read_record
 from tasks.plots import draw_curves
+from tasks.scored_files import compare_row_scores
+from tasks.scoring import computed_with
 from tasks.stages import EventTail
 
 SAMPLES = 8
@@ -28,13 +30,15 @@ _CELL = 400  # characters of a prompt or answer; the whole one is with the MLflo
 _DPI = 75  # a picture of about 50 kB: the page fetches it with every artifact of the flow run
 
 
-def keep_predictions(folder: Path, which: str, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """Keep the first answers of `base` or `tuned` in the folder of the train, for its page."""
-    write_text(_predictions_file(folder, which), json.dumps(list(predictions[:SAMPLES]), ensure_ascii=False))
+def kept_evaluation(folder: Path, which: str) -> Path:
+    """Where the answers of `base` or `tuned` are kept, scored row by row, in the folder of the train."""
+    return folder / f"evaluation_{which}.json"
 
 
-def _predictions_file(folder: Path, which: str) -> Path:
-    return folder / f"samples_{which}.json"
+def read_evaluation(folder: Path, which: str) -> Evaluation | None:
+    """The kept answers of `base` or `tuned`; None if that was not scored."""
+    file = kept_evaluation(folder, which)
+    return read_record(file, Evaluation) if file.exists() else None
 
 
 def train_report(record: TrainRecord, status: TrainStatus, folder: Path, links: Mapping[str, str]) -> str:
@@ -99,11 +103,13 @@ def _parameters(record: TrainRecord) -> str:
 
 
 def _evaluation(record: TrainRecord, folder: Path) -> list[str]:
+    found = {which: evaluation for which in _WHICH if (evaluation := read_evaluation(folder, which)) is not None}
     parts = [
         _picture(folder / "training", record.id),
-        _scores(record.evaluation),
+        _scores(record.evaluation, found),
         _figures(record.evaluation),
-        *_samples(folder),
+        *_slices(found),
+        *_samples(found),
     ]
     if not record.evaluation:
         parts.append("No evaluation dataset was scored.")
@@ -119,21 +125,25 @@ def _picture(folder: Path, title: str) -> str:
     return f"![Curves of the training](data:image/png;base64,{data})"
 
 
-def _scores(evaluation: Mapping[str, Mapping[str, float]]) -> str:
-    """Percent, before and after."""
+_WHICH = {"base": "Before (base model)", "tuned": "After (fine-tuned)"}
+
+
+def _scores(evaluation: Mapping[str, Mapping[str, float]], found: Mapping[str, Evaluation]) -> str:
+    """Percent, before and after, with the interval of the change where the answers to the rows are kept."""
     if not evaluation:
         return ""
-    names = {"base": "Before (base model)", "tuned": "After (fine-tuned)"}
-    which = [each for each in names if each in evaluation]
-    both = len(which) == len(names)
+    which = [each for each in _WHICH if each in evaluation]
+    both = len(which) == len(_WHICH)
+    changes = _changes(found)
     rows = []
     for key, title in SCORE_TITLES.items():
         values = [evaluation[each][key] for each in which if key in evaluation[each]]
         if len(values) == len(which):
-            change = [f"{values[1] - values[0]:+.2f}"] if both else []
+            change = [f"{values[1] - values[0]:+.2f}{_interval(changes.get(key))}"] if both else []
             rows.append((title, *(f"{value:.2f}" for value in values), *change))
-    columns = ("Score in percent", *(names[each] for each in which), *(["Change"] if both else []))
-    return _table(columns, rows) if rows else ""
+    columns = ("Score in percent", *(_WHICH[each] for each in which), *(["Change"] if both else []))
+    computed = next((f"\n\n{_text(computed_with(each.scores))}" for each in found.values()), "")
+    return _table(columns, rows) + computed if rows else ""
 
 
 def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
@@ -141,29 +151,58 @@ def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
     base, tuned = evaluation.get("base", {}), evaluation.get("tuned", {})
     names = [name for name in {**base, **tuned} if name not in SCORE_TITLES]
     rows = [(_text(name), *(f"{each[name]:.4g}" if name in each else "" for each in (base, tuned))) for name in names]
-    return _table(("Figure", "Before (base model)", "After (fine-tuned)"), rows) if rows else ""
+    return _table(("Figure", *_WHICH.values()), rows) if rows else ""
 
 
-def _samples(folder: Path) -> list[str]:
+def _changes(found: Mapping[str, Evaluation]) -> dict[str, PairedDifference]:
+    """What training has changed, by metric; nothing if not both models were scored row by row."""
+    rows = [found[which].row_scores for which in _WHICH if which in found]
+    if len(rows) < len(_WHICH) or len(rows[0]) != len(rows[1]):
+        return {}
+    compared = compare_row_scores(rows[0], rows[1], DEFAULT_CONFIDENCE)
+    return {each.metric: each for each in compared}
+
+
+def _interval(found: PairedDifference | None) -> str:
+    if found is None:
+        return ""
+    low, high = found.interval
+    return f" ({100 * found.confidence:g} %: {low:+.2f} to {high:+.2f}, {found.verdict})"
+
+
+def _slices(found: Mapping[str, Evaluation]) -> list[str]:
+    """One table a column that the rows were scored by."""
+    tables = []
+    for column in next((list(each.scores.slices) for each in found.values()), []):
+        parts = {which: each.scores.slices[column] for which, each in found.items() if column in each.scores.slices}
+        names = [f"{SCORE_TITLES[figure]}, {_WHICH[which]}" for figure in _SLICED for which in parts]
+        rows = []
+        for value in next(iter(parts.values())):
+            scored = [parts[which].get(value) for which in parts]
+            told = [f"{getattr(each, figure):.2f}" if each else "" for figure in _SLICED for each in scored]
+            rows.append((_cell(value), str(scored[0].rows if scored[0] else ""), *told))
+        tables.append(_table((_cell(column), "Rows", *names), rows))
+    return tables
+
+
+_SLICED = ("accuracy", "f1", "rouge_l")
+
+
+def _samples(found: Mapping[str, Evaluation]) -> list[str]:
     """The first rows with what was expected and what each model answered."""
-    found = {which: _predictions(folder, which) for which in ("base", "tuned")}
-    rows = found["tuned"] or found["base"]
+    rows = next((found[which].predictions for which in ("tuned", "base") if which in found), [])[:SAMPLES]
     if not rows:
         return []
     table = []
     for index, row in enumerate(rows):
-        answers = [_answer(found[which][index]) if index < len(found[which]) else "" for which in ("base", "tuned")]
+        kept = [found[which].predictions if which in found else [] for which in _WHICH]
+        answers = [_answer(each[index]) if index < len(each) else "" for each in kept]
         table.append((_cell(row["prompt"]), _cell(row["reference"]), *answers))
     columns = ("Prompt", "Expected", "Base model's answer", "Fine-tuned answer")
     return [
         f"The first {len(rows)} evaluation rows (✓ as expected, ✗ not); all are among the run's files in MLflow.",
         _table(columns, table),
     ]
-
-
-def _predictions(folder: Path, which: str) -> list[dict[str, Any]]:
-    file = _predictions_file(folder, which)
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
 
 
 def _answer(row: Mapping[str, Any]) -> str:

@@ -34,8 +34,9 @@ from tasks.inference import Generation, inference_stage
 from tasks.measuring import TEXT_KINDS, keep_measurement, measure
 from tasks.method_inputs import copied_files, fixed_models, method_inputs, with_copied_files
 from tasks.plots import draw_curves
+from tasks.scoring import scoring_options
 from tasks.stages import EventTail, StageCancelled, StageJob, locked, run_stage
-from tasks.train_report import as_html, keep_predictions, train_report
+from tasks.train_report import as_html, kept_evaluation, train_report
 
 RECORD_FILE = "train.json"
 _NOT_KEPT = "not_kept.txt"  # in a training folder: its files are not, or not all, with the MLflow run
@@ -535,9 +536,10 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
     if version.kind not in TEXT_KINDS:
         return _measure_model(record, model, registered, which, version, on_events)
     generation = Generation(max_new_tokens=record.config.max_new_tokens)
-    outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events)
+    options = scoring_options(record.config)
+    outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events, options)
     keep_evaluation(record.run_id, outcome, which, models.logged_model_id(registered) if registered else None)
-    keep_predictions(train_folder(record.id), which, outcome.predictions)
+    write_record(kept_evaluation(train_folder(record.id), which), outcome)
     if registered is not None:
         models.note_evaluation(registered, outcome.figures)
     scores = {**record.evaluation, which: outcome.figures}

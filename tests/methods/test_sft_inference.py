@@ -10,7 +10,7 @@ import pytest
 
 from methods import contract
 from methods.sft import inference_complete, inference_customized
-from methods.toolkit import chat, generating, models
+from methods.toolkit import chat, generating, likelihood, models
 from methods.toolkit.generating import Sampling, generate
 from tasks.inference import Generation
 from tasks.stages import StageJob
@@ -166,3 +166,38 @@ def test_an_adapter_answers_as_a_process_of_its_own_and_unlike_its_base(tiny_mod
     inference_customized.main(open_job(tmp_path / "b", inference_job(tmp_path / "b", weights)))
     assert answers(tmp_path / "b") == answers(tmp_path / "a")
     assert expected != ask(tmp_path / "c", tiny_model)
+
+
+def test_references_are_as_likely_as_transformers_says(tiny_model: Path, tmp_path: Path, model: Any) -> None:
+    import torch
+
+    references = ["on", "the light is off", "", "switch the light in the kitchen on and off please"]
+    job = inference_job(tmp_path, {"model": str(tiny_model)}, QUESTIONS[:4])
+    lines = (tmp_path / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [{**json.loads(line), "reference": text} for line, text in zip(lines, references, strict=True)]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    inference_complete.main(open_job(tmp_path, job))
+    tokenizer, _ = chat.load_tokenizer(str(tiny_model))
+    for row, request in zip(answers(tmp_path), asked, strict=True):
+        messages = [*request["messages"], {"role": "assistant", "content": request["reference"]}]
+        rendered = chat.render_conversation(tokenizer, messages)
+        labels = [-100] * rendered.prompt_length + rendered.input_ids[rendered.prompt_length :]
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([rendered.input_ids]), labels=torch.tensor([labels])).loss
+        # The library's loss is the mean over the trained tokens, of which the first has a predecessor here.
+        tokens = len(rendered.input_ids) - rendered.prompt_length
+        assert row["reference_tokens"] == tokens
+        assert row["reference_logprob"] == pytest.approx(-float(loss) * tokens, rel=1e-4)
+
+
+def test_likelihoods_in_small_batches_equal_those_in_one(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [[{"role": "user", "content": text}, {"role": "assistant", "content": text * 2}] for text in QUESTIONS]
+    done: list[int] = []
+    whole = likelihood.answer_likelihoods(model, tokenizer, asked, on_progress=done.append)
+    assert done == [len(QUESTIONS)]
+    monkeypatch.setattr(likelihood, "_LOGITS", 1)
+    alone = likelihood.answer_likelihoods(model, tokenizer, asked)
+    assert [each.tokens for each in alone] == [each.tokens for each in whole]
+    assert [each.logprob for each in alone] == pytest.approx([each.logprob for each in whole], rel=1e-4)

@@ -10,7 +10,8 @@ import pytest
 from configs.errors import UserError
 from configs.retraining import MetricName, PairedComparison, RetrainPolicy
 from configs.scoring import Metrics
-from tasks.promotion import FEW_ROWS, compare_rows, difference_interval
+from tasks.promotion import compare_rows
+from tasks.statistics import FEW_ROWS, difference_interval
 
 
 def policy(**changes: Any) -> RetrainPolicy:

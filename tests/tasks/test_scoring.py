@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from math import exp
 from pathlib import Path
 
@@ -15,20 +15,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from configs.errors import UserError
 from configs.scoring import Metrics
-from tasks.scoring import longest_common_subsequence, read_stop_words, score, score_file, score_rows
+from tasks.scoring import MOST_SLICES, longest_common_subsequence, score, score_rows, summarise
 
-PROMISED_KEYS = {"accuracy", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu_4"}
 WORDS = ("turn", "the", "light", "on", "off", "in", "kitchen", "please", "at", "noon", "heater", "and")
 quick = settings(max_examples=60, deadline=None, database=None)
-
-
-def write(path: Path, *lines: str) -> Path:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def row(prediction: object, reference: object) -> str:
-    return json.dumps({"prediction": prediction, "reference": reference}, ensure_ascii=False)
 
 
 def metrics(prediction: str, reference: str) -> dict[str, float]:
@@ -187,80 +177,90 @@ def test_stop_words_are_left_out_of_both_sides_and_off_by_default() -> None:
     assert (with_list.accuracy, with_list.f1, with_list.rouge_1, with_list.stop_words) == (100, 100, 100, 1)
 
 
+def test_a_stop_word_takes_its_blank_along() -> None:
+    found = score([("turn on light in kitchen", "turn on the light in the kitchen")], ["the"])
+    assert (found.accuracy, found.f1, found.bleu_4) == (100, 100, pytest.approx(100))
+    assert score([("The light", "light")], ["The"]).accuracy == 100
+
+
+def test_means_have_intervals_that_hold_them_and_grow_with_the_confidence() -> None:
+    rows = score_rows([("on", "on" if index % 3 else "off") for index in range(40)])
+    narrow, wide = summarise(rows, confidence=0.5), summarise(rows, confidence=0.99)
+    assert narrow.accuracy == pytest.approx(100 * 26 / 40)
+    for low, high in (narrow.intervals["accuracy"], wide.intervals["accuracy"]):
+        assert low < narrow.accuracy < high
+    assert wide.intervals["accuracy"].low < narrow.intervals["accuracy"].low
+    assert summarise(rows[:1]).intervals == {}
+
+
+def test_every_metric_is_told_by_slice_as_if_its_rows_were_scored_alone() -> None:
+    pairs = [("on", "on"), ("", "off"), ("灯", "灯"), ("on", "off")]
+    found = summarise(score_rows(pairs), by={"lang": ["en", "en", "zh", "en"]})
+    assert list(found.slices["lang"]) == ["en", "zh"]
+    alone = summarise(score_rows([pairs[index] for index in (0, 1, 3)]))
+    assert found.slices["lang"]["en"] == alone
+    assert (found.slices["lang"]["zh"].rows, found.slices["lang"]["zh"].accuracy) == (1, 100)
+
+
+def test_a_column_of_ever_new_values_is_refused() -> None:
+    rows = score_rows([("on", "on")] * (MOST_SLICES + 1))
+    with pytest.raises(UserError, match="different values"):
+        summarise(rows, by={"id": [str(index) for index in range(MOST_SLICES + 1)]})
+
+
+def test_json_figures_are_of_the_rows_whose_reference_is_json() -> None:
+    found = score([("on", "on"), ('{"a": 1}', '{"a":1}'), ("no", '{"a":1}')])
+    assert (found.json_rows, found.json_valid, found.json_exact, found.json_fields) == (2, 50, 50, 50)
+    assert score([("on", "on")]).json_valid is None
+
+
 def test_reference_of_stop_words_alone_is_an_error() -> None:
     with pytest.raises(UserError, match="row 2 is empty once stop words are left out"):
         score([("a", "b"), ("a", "的")], ["的"])
+
+
+def test_bleu_agrees_with_sacrebleu_on_the_same_tokens(sentence_bleu: Callable[[list[str], list[str]], float]) -> None:
+    @quick
+    @given(st.lists(st.sampled_from(WORDS), min_size=4), st.lists(st.sampled_from(WORDS), min_size=4))
+    def english(first: list[str], second: list[str]) -> None:
+        # Our tokens of English text are its words and the blanks between them.
+        ours = metrics(" ".join(first), " ".join(second))["bleu_4"]
+        given_tokens, wanted_tokens = ("_ ".join(f"{word} " for word in words).split() for words in (first, second))
+        assert ours == pytest.approx(sentence_bleu(given_tokens, wanted_tokens))
+
+    english()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("今天天气很好，我们去公园散步。", "今天天气不错，我们一起去公园散步吧。"),
+        ("打开客厅的灯，再把空调调到二十六度", "把客厅的灯打开，空调调到二十六度"),
+        ("他喜欢在周末看电影", "周末他常常读书"),
+    ],
+)
+def test_chinese_bleu_agrees_with_sacrebleu_on_the_same_tokens(
+    first: str, second: str, sentence_bleu: Callable[[list[str], list[str]], float]
+) -> None:
+    from tasks.scoring import _cut
+
+    tokens = [_cut(text, frozenset()) for text in (first, second)]
+    assert metrics(first, second)["bleu_4"] == pytest.approx(sentence_bleu(tokens[0], tokens[1]))
+
+
+@pytest.fixture(scope="module")
+def sentence_bleu() -> Callable[[list[str], list[str]], float]:
+    """BLEU-4 of one sentence by sacrebleu, on given tokens. Its smoothing `exp` is the smoothing 3 of nltk."""
+    from sacrebleu.metrics import BLEU
+
+    scorer = BLEU(tokenize="none", smooth_method="exp", effective_order=False)
+    return lambda given_, wanted: float(scorer.sentence_score(" ".join(given_), [" ".join(wanted)]).score)
 
 
 def test_scores_name_tokeniser_and_libraries() -> None:
     found = score([("on", "on")])
     assert found.tokeniser.startswith(f"jieba {found.libraries['jieba']}")
     assert set(found.libraries) == {"jieba", "nltk", "rouge-chinese"}
-
-
-def test_file_is_scored_as_its_pairs_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", row("turn on", "turn off"), row("", "灯"), row("灯", "灯"))
-    found = score_file(path)
-    assert found == score([("turn on", "turn off"), ("", "灯"), ("灯", "灯")])
-    assert json.loads(found.model_dump_json()).keys() >= PROMISED_KEYS
-
-
-def test_file_may_hold_other_keys(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", '{"id": 7, "prediction": "on", "reference": "on"}')
-    assert score_file(path).accuracy == 100.0
-
-
-def test_stop_word_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", row("打开客厅灯", "打开客厅的灯"))
-    stop_words = write(tmp_path / "stop.txt", "的", "", " 了 ")
-    assert read_stop_words(stop_words) == {"的", "了"}
-    assert score_file(path, stop_words).accuracy == 100.0
-    with pytest.raises(UserError, match="no stop words"):
-        score_file(path, write(tmp_path / "none.txt", " "))
-
-
-GOOD = row("on", "on")
-
-
-@pytest.mark.parametrize(
-    ("second_line", "says"),
-    [
-        ("", "the line is blank"),
-        ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ('{"prediction": "a", "prediction": "b", "reference": "c"}', "'prediction' stands twice"),
-        ("[1, 2]", "not a prediction with its reference"),
-        ('{"prediction": "a"}', "field: reference"),
-        (row(None, "a"), "field: prediction"),
-        (row("a", 7), "field: reference = 7"),
-        (row("a", ""), "field: reference = ''"),
-        (row("a", " \n"), "field: reference"),
-        ('{"prediction": 1' + "0" * 5000 + ', "reference": "a"}', "not valid JSON"),
-    ],
-)
-def test_bad_row_is_named_by_file_line_and_field(tmp_path: Path, second_line: str, says: str) -> None:
-    path = write(tmp_path / "p.jsonl", GOOD, second_line, GOOD)
-    with pytest.raises(UserError) as caught:
-        score_file(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
-    assert says in str(caught.value)
-
-
-def test_unreadable_files_are_told_apart(tmp_path: Path) -> None:
-    bom, latin, empty = tmp_path / "bom.jsonl", tmp_path / "latin.jsonl", tmp_path / "empty.jsonl"
-    bom.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
-    latin.write_bytes(f"{GOOD}\n".encode() + '{"prediction": "é"'.encode("latin-1"))
-    empty.touch()
-    for path, says in (
-        (tmp_path / "none.jsonl", "No such file"),
-        (tmp_path, "directory"),
-        (bom, "byte-order mark"),
-        (latin, ":2: byte 17 of the line is not UTF-8"),
-        (empty, "no rows"),
-    ):
-        with pytest.raises(UserError, match=says) as caught:
-            score_file(path)
-        assert caught.value.file == str(path)
 
 
 def test_nothing_is_printed_and_nothing_is_written_elsewhere(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from configs.records import TrainRecord
 from configs.train import Hyperparameters, TrainConfig, effective_through
 from deployments import alerts
 from tasks import models, resuming, tracking, trains
+from tasks.checking import check_train
 from tasks.datasets import find_dataset
+from tasks.train_report import read_evaluation
 from tests.own_methods import install_method
 
 ROWS = [{"question": f"what is {n} and {n}", "answer": str(2 * n)} for n in range(12)]
@@ -121,6 +123,22 @@ def _evaluation(bench: Bench) -> None:
     assert scored.evaluation["base"]["hit_limit"] == 100  # one token ends no answer of this model
 
 
+def _scoring(bench: Bench) -> None:
+    rows = [{**row, "size": "big" if number > 5 else "small"} for number, row in enumerate(ROWS)]
+    rows = [{**row, "answer": f"the {row['answer']}"} for row in rows]
+    evaluated = bench.write("sized.jsonl", [json.dumps(row) for row in rows])
+    record = bench.prepared(evaluation_dataset=str(evaluated), evaluation_by="size", stop_words="en", max_new_tokens=1)
+    trains.evaluate_model(record, trains.base_as_model(record), "base", lambda _: None)
+    kept = read_evaluation(trains.train_folder(record.id), "base")
+    assert kept is not None
+    assert {value: part.rows for value, part in kept.scores.slices["size"].items()} == {"small": 6, "big": 6}
+    assert kept.scores.stop_words > 100
+    check_train(record.config)
+    for wrong in ({"evaluation_by": "length"}, {"stop_words": "nothing.txt"}):
+        with pytest.raises(UserError, match="no further column|no such list"):
+            check_train(record.config.model_copy(update=wrong))
+
+
 def _allow_refused_rows(bench: Bench) -> None:
     bad = bench.write("bad.jsonl", [*(json.dumps(row) for row in ROWS), '{"question": "no answer"}'])
     with pytest.raises(UserError, match="answer"):
@@ -199,6 +217,8 @@ CONSUMED: dict[str, Callable[[Bench], None]] = {
     "validation_split": _validation_split,
     "evaluation_dataset": _evaluation,
     "evaluation_samples": _evaluation,
+    "evaluation_by": _scoring,
+    "stop_words": _scoring,
     "max_new_tokens": _evaluation,
     "allow_refused_rows": _allow_refused_rows,
     "through": _through,
