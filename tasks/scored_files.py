@@ -40,6 +40,8 @@ def read_scored_file(
 
     Raises UserError, with file, line and field, for what cannot be read and for a row without a column that was named.
     """
+    if not path.exists():
+        raise UserError("the file cannot be read: it does not exist", file=path, mend="check the path")
     found = ScoredFile(path, values={column: [] for column in by})
     for row in read_objects(path, inspect_file(path)):
         if isinstance(row, Problem):

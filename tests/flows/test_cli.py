@@ -147,6 +147,28 @@ def test_scores_have_the_documented_keys_and_values(tmp_path: Path) -> None:
     assert "30.77" in table
 
 
+def test_columns_slices_and_a_second_model_are_scored(tmp_path: Path) -> None:
+    wanted = [f"light {number} on" for number in range(12)]
+    for name, answers in {"old": ["off"] * 12, "new": [*wanted[:9], "off", "off", "off"]}.items():
+        rows = [
+            {"answer": answer, "truth": text, "room": "hall" if number < 9 else "attic"}
+            for number, (answer, text) in enumerate(zip(answers, wanted, strict=True))
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--prediction-column", "answer", "--reference-column", "truth", "--by", "room", "--stop-words", "en")
+    command = ("score", "old.jsonl", *columns, "--against", "new.jsonl")
+    found = read_json(tuneline(*command, "--json", home=tmp_path / "home", cwd=tmp_path))
+    assert {value: part["rows"] for value, part in found["slices"]["room"].items()} == {"hall": 9, "attic": 3}
+    (accuracy,) = (each for each in found["against"] if each["metric"] == "accuracy")
+    assert (accuracy["first"], accuracy["second"], accuracy["verdict"]) == (0, 75, "better")
+    assert accuracy["mcnemar_p"] == pytest.approx(2 / 2**9)
+    table = printed(tuneline(*command, home=tmp_path / "home", cwd=tmp_path))
+    assert "95 % interval" in table
+    assert "attic" in table
+    assert "McNemar p" in table
+    assert "jieba 0.42" in table
+
+
 def test_datasets_are_checked_added_listed_and_shown(tmp_path: Path) -> None:
     place = Place(tmp_path)
     (tmp_path / "q.jsonl").write_text('{"q": "x", "a": "y"}\n{"q": "z", "a": "w"}\n')

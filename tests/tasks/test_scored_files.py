@@ -156,7 +156,7 @@ def test_unreadable_files_are_told_apart(tmp_path: Path) -> None:
     empty.touch()
     blank.write_text("\n\n")
     for path, says in (
-        (tmp_path / "none.jsonl", "no such"),
+        (tmp_path / "none.jsonl", "does not exist"),
         (tmp_path, "folder"),
         (latin, ":2: the text is not UTF-8"),
         (empty, "empty"),

@@ -135,7 +135,7 @@ def _scoring(bench: Bench) -> None:
     assert kept.scores.stop_words > 100
     check_train(record.config)
     for wrong in ({"evaluation_by": "length"}, {"stop_words": "nothing.txt"}):
-        with pytest.raises(UserError, match="no further column|no such list"):
+        with pytest.raises(UserError, match=r"no further column|no such list"):
             check_train(record.config.model_copy(update=wrong))
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from configs.records import TrainRecord
+from configs.scoring import ScoringOptions
 from configs.train import Hyperparameters, TrainConfig
 from methods import contract
-from tasks.train_report import as_html, keep_predictions, train_report
+from tasks.files import write_record
+from tasks.train_report import as_html, kept_evaluation, train_report
+from tests.evaluations import evaluation_of
 
 HOSTILE = "<script>alert(1)</script> | **bold** ![x](http://x/y.png)"
 
@@ -70,13 +73,29 @@ def test_a_running_train_shows_its_parameters_only(record: TrainRecord, tmp_path
 
 def test_text_from_outside_never_becomes_markup(record: TrainRecord, tmp_path: Path) -> None:
     write_training(tmp_path)
-    row = {"prompt": HOSTILE, "reference": HOSTILE, "prediction": HOSTILE, "exact": False, "hit_limit": True}
-    keep_predictions(tmp_path, "tuned", [row])
+    options = ScoringOptions(by=(HOSTILE,))
+    kept = evaluation_of([(HOSTILE, HOSTILE, f"{HOSTILE}…")], [{HOSTILE: HOSTILE}], options=options)
+    write_record(kept_evaluation(tmp_path, "tuned"), kept)
     hostile = record.model_copy(update={"reason": HOSTILE, "config": record.config.model_copy(update={"name": "x"})})
     page = as_html(train_report(hostile, "failed", tmp_path, {}), "a train")
     assert "<script>" not in page
     assert "<strong>" not in page
     assert 'http://x/y.png"' not in page
     assert page.count("<img") == 1  # the curves
-    assert page.count("alert(1)") == 5
+    assert page.count("alert(1)") == 7
     assert "(cut at the limit)" in page
+
+
+def test_a_change_has_its_interval_and_every_slice_its_figures(record: TrainRecord, tmp_path: Path) -> None:
+    rows = [(f"light {number}", "on", "zh" if number < 10 else "en") for number in range(30)]
+    for which, answer in (("base", "off"), ("tuned", "on")):
+        answers = [(prompt, reference, answer if lang == "zh" else "off") for prompt, reference, lang in rows]
+        kept = evaluation_of(answers, [{"lang": lang} for _, _, lang in rows], options=ScoringOptions(by=("lang",)))
+        write_record(kept_evaluation(tmp_path, which), kept)
+    scored = {"base": {"accuracy": 0.0}, "tuned": {"accuracy": 100 / 3}}
+    page = train_report(record.model_copy(update={"evaluation": scored}), "completed", tmp_path, {})
+    accuracy = next(line for line in page.splitlines() if line.startswith("| Exact accuracy"))
+    assert "| 0.00 | 33.33 | +33.33 (95 %: +16.67 to +50.00, better) |" in accuracy
+    assert "| zh | 10 | 0.00 | 100.00 |" in page
+    assert "| en | 20 | 0.00 | 0.00 |" in page
+    assert "jieba" in page
