@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ from methods import contract
 from methods.toolkit import tokenizing
 
 
-def prepare_rows(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]:
+Tokenise = Callable[[Any, Path, tokenizing.Limits, int], tuple[Any, tokenizing.RowReport]]
+
+
+def prepare_rows(
+    job: contract.Job, tokenizer: Any, tokenise: Tokenise = tokenizing.tokenise
+) -> tuple[Any, Any | None]:
     """Tokenise the training and validation rows of the job and report what was kept and cut.
 
-    Returns two datasets as `tokenizing.tokenise` makes them, the second None without validation rows. Raises Refused.
+    Returns two datasets as `tokenise` makes them, the second None without validation rows. Raises Refused.
     """
     p = job.parameters
     limits = tokenizing.Limits(p["max_seq_length"], p["max_input_length"], p["max_content_length"], p["over_length"])
-    rows, report = tokenizing.tokenise(tokenizer, Path(job.inputs["train_rows"]), limits, p["max_samples"])
+    rows, report = tokenise(tokenizer, Path(job.inputs["train_rows"]), limits, p["max_samples"])
     reports = {"train": report.as_dict()}
     validation = None
     if job.inputs.get("validation_rows"):
-        validation, validation_report = tokenizing.tokenise(tokenizer, Path(job.inputs["validation_rows"]), limits, -1)
+        validation, validation_report = tokenise(tokenizer, Path(job.inputs["validation_rows"]), limits, -1)
         reports["validation"] = validation_report.as_dict()
     _report(job, reports)
     return rows, validation

@@ -62,10 +62,21 @@ def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tu
     """Tokenise a stored dataset.
 
     Returns a `datasets.Dataset` with columns `input_ids`, `labels` and `length`, and what was kept and cut.
-    Raises Refused if a row is over a limit and `over_length` is `error`, or if no row is left to train on.
+    Raises Refused as `tokenise_rows`.
     """
     from datasets import Dataset
 
+    rows, report = tokenise_rows(tokenizer, path, limits, max_samples)
+    return Dataset.from_list(rows), report
+
+
+def tokenise_rows(
+    tokenizer: Any, path: Path, limits: Limits, max_samples: int
+) -> tuple[list[dict[str, Any]], RowReport]:
+    """The same as plain rows, for engines that have no `datasets`.
+
+    Raises Refused if a row is over a limit and `over_length` is `error`, or if no row is left to train on.
+    """
     report = RowReport()
     rows: list[dict[str, Any]] = []
     for line, messages in read_messages(path, max_samples):
@@ -79,7 +90,7 @@ def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tu
         report.longest = max(report.longest, len(rendered.input_ids))
         rows.append({"input_ids": rendered.input_ids, "labels": rendered.labels, "length": len(rendered.input_ids)})
     _require_training_tokens(report, limits)
-    return Dataset.from_list(rows), report
+    return rows, report
 
 
 def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, report: RowReport) -> Rendered | None:
