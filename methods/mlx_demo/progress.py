@@ -17,8 +17,7 @@ from mlx_lm.tuner.trainer import evaluate
 from methods import contract
 from methods.mlx_demo import batches, optimizing
 
-_WEIGHTS, _OPTIMIZER, _RANDOM = "adapters.safetensors", "optimizer.safetensors", "random.safetensors"
-_STATE = "state.json"
+_WEIGHTS, _OPTIMIZER, _STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
 
 
 class Reporter(TrainingCallback):
@@ -44,7 +43,9 @@ class Reporter(TrainingCallback):
                 f"the loss became {loss}: the weights are of no use. Lower learning_rate or max_grad_norm."
             )
         self._loss += loss
-        self._tokens = self._earlier_tokens + round(train_info["trained_tokens"])  # mlx-lm counts from 0 in each attempt
+        self._tokens = self._earlier_tokens + round(
+            train_info["trained_tokens"]
+        )  # mlx-lm counts from 0 in each attempt
         self._seconds += self.plan.accumulated / train_info["iterations_per_second"]
         self._report(loss, train_info)
         p = self.job.parameters
@@ -63,8 +64,9 @@ class Reporter(TrainingCallback):
         folder.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(folder / _WEIGHTS), dict(tree_flatten(self.model.trainable_parameters())))
         mx.save_safetensors(str(folder / _OPTIMIZER), dict(tree_flatten(self.optimizer.state)))
-        mx.save_safetensors(str(folder / _RANDOM), {"state": mx.random.state[0]})
+        high, low = mx.random.state[0].tolist()
         state = {"step": self.step, "loss": self._loss, "tokens": self._tokens, "seconds": self._seconds}
+        state |= {"random": high << 32 | low}
         contract.write_json(folder / _STATE, state)
         contract.mark_complete(folder)
         for old in contract.complete_checkpoints(self.job.checkpoints)[: -self.job.parameters["keep_checkpoints"]]:
@@ -76,8 +78,8 @@ class Reporter(TrainingCallback):
         """Stand where the checkpoint was saved."""
         self.model.update(tree_unflatten(list(mx.load(str(folder / _WEIGHTS)).items())))
         self.optimizer.state = tree_unflatten(list(mx.load(str(folder / _OPTIMIZER)).items()))
-        mx.random.state[0] = mx.load(str(folder / _RANDOM))["state"]
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        mx.random.seed(state["random"])  # MLX's generator is its 64-bit key, and a seed is just that
         self.step = self._first = state["step"]
         self._loss, self._earlier_tokens, self._seconds = state["loss"], state["tokens"], state["seconds"]
 

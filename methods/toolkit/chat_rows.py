@@ -9,13 +9,10 @@ from typing import Any
 from methods import contract
 from methods.toolkit import tokenizing
 
-
 Tokenise = Callable[[Any, Path, tokenizing.Limits, int], tuple[Any, tokenizing.RowReport]]
 
 
-def prepare_rows(
-    job: contract.Job, tokenizer: Any, tokenise: Tokenise = tokenizing.tokenise
-) -> tuple[Any, Any | None]:
+def prepare_rows(job: contract.Job, tokenizer: Any, tokenise: Tokenise = tokenizing.tokenise) -> tuple[Any, Any | None]:
     """Tokenise the training and validation rows of the job and report what was kept and cut.
 
     Returns two datasets as `tokenise` makes them, the second None without validation rows. Raises Refused.
