@@ -195,11 +195,11 @@ def _run(command: Sequence[str | Path], log: Path, on_percent: Callable[[int], N
                 if percent is not None and int(percent[1]) >= told + 10:
                     told = int(percent[1])
                     on_percent(told)
-        finally:
-            if process.poll() is None and process.stdout is not None:
-                process.stdout.close()
-            process.terminate()  # nothing if it has ended; make ends its compilers
             code = process.wait()
+        except BaseException:
+            process.terminate()  # make ends its compilers
+            process.wait()
+            raise
     if code != 0:
         raise UserError(
             f"llama.cpp could not be built: {Path(command[0]).name} ended with exit code {code}. "
