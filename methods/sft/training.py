@@ -5,7 +5,6 @@ Run as: python training.py JOB_DIR
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
-from methods.toolkit import chat, chat_rows, memory, probing, tokenizing, training, tuning
+from methods.toolkit import chat, chat_rows, memory, probing, saving_chat, tokenizing, training, tuning
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -59,11 +58,8 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
 
 def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
     """Save the adapter (or the full weights), the tokenizer and the probe prompts."""
-    trainer.model.save_pretrained(job.output)
-    tokenizer.save_pretrained(job.output)
     messages = (m for _, m in tokenizing.read_messages(Path(job.inputs["train_rows"]), -1))
-    probing.write_probes(job.output, tokenizer, list(islice(messages, probing.PROBE_ROWS)))
-    return {"model": str(job.output), "adapter": job.parameters["tuning"] != "full", **outcome}
+    return saving_chat.save_trained(job, trainer, tokenizer, messages, outcome)
 
 
 def main(job: contract.Job) -> dict[str, object]:

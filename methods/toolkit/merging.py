@@ -32,6 +32,13 @@ class Verification:
         """All figures by name."""
         return asdict(self)
 
+    def in_words(self, outputs: str) -> str:
+        """The figures that decide, for the log; `outputs` says what was compared."""
+        return (
+            f"{outputs}: merged to trained {self.merged_to_reference:.3g} (allowed {self.tolerance:.3g}), "
+            f"merged to base {self.merged_to_base:.3g}"
+        )
+
 
 def saving_dtype(base: str, wanted: str) -> str:
     """The dtype complete weights are saved in: the one asked for, or with `auto` the base model's own."""

@@ -120,9 +120,9 @@ def open_job(folder: Path, job: StageJob) -> contract.Job:
     return contract.Job(folder)
 
 
-def run_method(folder: Path, job: StageJob, grace: float = 30) -> dict[str, Any]:
-    """Run a stage of the built-in method as the system does: a process of its own."""
-    file = find_method("sft").stage_file(job.stage)  # type: ignore[arg-type]
+def run_method(folder: Path, job: StageJob, grace: float = 30, method: str = "sft") -> dict[str, Any]:
+    """Run a stage of a built-in method as the system does: a process of its own."""
+    file = find_method(method).stage_file(job.stage)  # type: ignore[arg-type]
     return run_stage(folder, job, Path(sys.executable), file, grace, lambda events: None)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from methods import contract
 from methods.sft import saving, training
-from methods.toolkit import merging, models, probing
+from methods.toolkit import merging, models, probing, saving_chat
 from tasks.stages import StageJob
 from tests.methods.stage_jobs import open_job, run_method, training_job
 
@@ -129,18 +129,18 @@ def test_a_corrupted_model_is_not_called_complete(
     tiny_model: Path, trained: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     job = open_job(tmp_path, saving_job(tmp_path, tiny_model, trained[name]))
-    saving.save_complete(job, "float32")
-    saving.verify(job, "float32")
+    saving_chat.save_complete(job, "float32")
+    saving_chat.verify(job, "float32")
     corrupt(job.output)
     with pytest.raises(contract.Refused, match="the saved weights are not the trained ones"):
-        saving.verify(job, "float32")
+        saving_chat.verify(job, "float32")
 
 
 def test_the_base_itself_is_not_called_complete(tiny_model: Path, trained: dict[str, Path], tmp_path: Path) -> None:
     job = open_job(tmp_path, saving_job(tmp_path, tiny_model, trained["lora"]))
     merging.save_weights(models.load_model(str(tiny_model), "float32"), job.output, "float32")
     with pytest.raises(contract.Refused, match="same logits as its base"):
-        saving.verify(job, "float32")
+        saving_chat.verify(job, "float32")
 
 
 def test_an_adapter_of_another_train_is_not_taken_for_this_one(
@@ -149,7 +149,7 @@ def test_an_adapter_of_another_train_is_not_taken_for_this_one(
     job = open_job(tmp_path, saving_job(tmp_path, tiny_model, trained["lora"]))
     merging.merge(str(tiny_model), str(trained["qlora"]), job.output, "float32")
     with pytest.raises(contract.Refused, match="the saved weights are not the trained ones"):
-        saving.verify(job, "float32")
+        saving_chat.verify(job, "float32")
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

@@ -1,0 +1,63 @@
+"""What training and saving leave of a chat model: adapter or weights, tokenizer, probes; complete and verified."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from methods import contract
+from methods.toolkit import chat, merging, models, probing
+
+
+def save_trained(
+    job: contract.Job,
+    trainer: Any,
+    tokenizer: Any,
+    conversations: Iterable[list[chat.Message]],
+    outcome: dict[str, float],
+) -> dict[str, object]:
+    """Save the adapter (or the full weights), the tokenizer and the prompts of the first conversations as probes.
+
+    Returns the result of a training stage.
+    """
+    trainer.model.save_pretrained(job.output)
+    tokenizer.save_pretrained(job.output)
+    probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
+    return {"model": str(job.output), "adapter": isinstance(trainer.model, PeftModel), **outcome}
+
+
+def save_and_verify(job: contract.Job) -> dict[str, object]:
+    """Save the complete model of a train and prove it; returns the result of a saving stage. Raises Refused."""
+    dtype = merging.saving_dtype(job.inputs["base_model"], job.parameters["dtype"])
+    job.phase("merging" if job.inputs["adapter"] else "saving")
+    save_complete(job, dtype)
+    job.phase("verifying")
+    verification = verify(job, dtype)
+    print(verification.in_words("logits"), flush=True)
+    return {"model": str(job.output), "dtype": dtype, "verification": verification.as_dict()}
+
+
+def save_complete(job: contract.Job, dtype: str) -> None:
+    """Write the complete weights in `dtype` with the tokenizer that training used."""
+    base, trained = job.inputs["base_model"], job.inputs["trained"]
+    if job.inputs["adapter"]:
+        merging.merge(base, trained, job.output, dtype)
+    else:
+        merging.save_weights(models.load_model(trained, "float32"), job.output, dtype)
+    tokenizer, _ = chat.load_tokenizer(trained)
+    tokenizer.save_pretrained(job.output)
+    shutil.copyfile(Path(trained) / probing.PROBES_FILE, job.output / probing.PROBES_FILE)
+
+
+def verify(job: contract.Job, dtype: str) -> merging.Verification:
+    """Prove that what was saved is what was trained."""
+    base, trained = job.inputs["base_model"], job.inputs["trained"]
+    prompts = merging.probe_prompts(Path(trained))
+    if job.inputs["adapter"]:
+        return merging.verify(base, trained, None, job.output, prompts, dtype)
+    return merging.verify(base, None, trained, job.output, prompts, dtype)
