@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 SOURCES := configs deployments flows methods tasks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo test-methods test-operations test-e2e test-postgres lint format clean
+.PHONY: help setup demo test test-demo test-methods test-targets test-operations test-e2e test-postgres lint format clean
 
 help:
 	@echo "make setup   create $(VENV) with the tuneline command in it (PYTHON=... chooses the interpreter)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    lint, type check and the tests that need neither a model nor a GPU"
 	@echo "make test-demo  the demo on the real model, and its figures"
 	@echo "make test-methods  every training method through every stage, each in its own environment"
+	@echo "make test-targets  llama.cpp built and serving, Ollama's interface, the demo's model quantised"
 	@echo "make test-e2e  a real browser on the pages: form, progress, copy, compare, cancel; pictures in build/e2e"
 	@echo "make test-operations  workers, conda environments, GPU slots: what dies, what is left, what goes on"
 	@echo "make test-postgres  the tests of servers and flows on PostgreSQL, which it installs where it is missing"
@@ -37,7 +38,7 @@ demo: setup
 # Two test files side by side, each with one thread a process: two processes of two threads on two cores wait for
 # each other at every step, and take ten times as long.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not operations and not e2e and not methods' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not (slow or operations or e2e or methods or targets)' -n 2 --dist loadfile
 
 test-demo: setup
 	$(BIN)/python -m pytest -m slow
@@ -51,6 +52,10 @@ test-e2e: setup
 # Each in the environment that its method names, which `tuneline envs create` makes of the method's own file.
 test-methods: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m methods
+
+# llama.cpp is compiled once, into the cache of the user; its server then really serves.
+test-targets: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m targets
 
 # One at a time: each has servers, workers and trains of its own.
 test-operations: setup

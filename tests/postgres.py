@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     # A time limit's SIGTERM would otherwise leave the cluster behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with cluster(_programs()) as address:
-        chosen = list(arguments) or ["-m", "not slow and not operations and not methods", *_EVERYTHING]
+        chosen = list(arguments) or ["-m", "not slow and not operations and not methods and not targets", *_EVERYTHING]
         environment = {**os.environ, ADDRESS_VARIABLE: address}
         return subprocess.run([sys.executable, "-m", "pytest", *chosen], env=environment, check=False).returncode
 
