@@ -32,7 +32,7 @@ CONVERSATIONS: list[list[dict[str, str]]] = [
     _turns(_SYSTEM, _FIRST, system=True),
     _turns(_SYSTEM, _FIRST, _ANSWER, _SECOND, system=True),
     _turns("one", "two", "three", "four", "five"),
-    _turns("none", "one\n\ntwo", "three", "four?", "five", "six", system=True),
+    _turns("none", "one\n\ntwo", "three", "four?", "five", "six", "seven", system=True),
 ]
 
 
