@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -150,6 +151,14 @@ def mark_complete(checkpoint: Path) -> None:
     with (checkpoint / COMPLETE_MARK).open("w") as file:
         file.flush()
         os.fsync(file.fileno())
+
+
+def keep_newest(checkpoints: Path, count: int) -> None:
+    """Remove all whole checkpoints below `checkpoints` but the newest `count`."""
+    for old in complete_checkpoints(checkpoints)[:-count]:
+        # The mark goes first: a kill in between leaves a folder that nobody resumes from.
+        (old / COMPLETE_MARK).unlink()
+        shutil.rmtree(old)
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,10 +68,7 @@ class Reporter(TrainingCallback):
         state |= {"random": high << 32 | low}
         contract.write_json(folder / _STATE, state)
         contract.mark_complete(folder)
-        for old in contract.complete_checkpoints(self.job.checkpoints)[: -self.job.parameters["keep_checkpoints"]]:
-            # The mark goes first: a kill in between leaves a folder that nobody resumes from.
-            (old / contract.COMPLETE_MARK).unlink()
-            shutil.rmtree(old)
+        contract.keep_newest(self.job.checkpoints, self.job.parameters["keep_checkpoints"])
 
     def restore(self, folder: Path) -> None:
         """Stand where the checkpoint was saved."""

@@ -16,6 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
 
@@ -228,11 +229,7 @@ class CheckpointKeeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         contract.mark_complete(self.job.checkpoints / f"checkpoint-{state.global_step}")
-        kept = contract.complete_checkpoints(self.job.checkpoints)
-        for old in kept[: -self.job.parameters["keep_checkpoints"]]:
-            # The mark goes first: a kill in between leaves a folder that nobody resumes from.
-            (old / contract.COMPLETE_MARK).unlink()
-            shutil.rmtree(old)
+        contract.keep_newest(self.job.checkpoints, self.job.parameters["keep_checkpoints"])
 
 
 class EventWriter(TrainerCallback):
@@ -292,6 +289,7 @@ def run_training(trainer: Any, job: contract.Job) -> dict[str, float]:
     if the loss is no longer a number.
     """
     remove_torn_checkpoints(job.checkpoints)
+    trainer.remove_callback(PrinterCallback)  # the same figures once more, as a dictionary
     resume = str(job.resume_from) if job.resume_from else None
     outcome = trainer.train(resume_from_checkpoint=resume)
     if job.cancelled and trainer.state.global_step < trainer.state.max_steps:

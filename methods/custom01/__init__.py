@@ -1,0 +1,1 @@
+"""A template: a trainer of transformers that reports through a callback."""
