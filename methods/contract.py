@@ -12,7 +12,7 @@ Standard library only, so that it works in any environment. A stage file needs t
             if job.cancelled:
                 ...  # save a checkpoint below job.checkpoints
                 raise contract.Cancelled
-        return {"adapter": str(job.output)}
+        return {"model": str(job.output), "adapter": True}
 
     if __name__ == "__main__":
         contract.run(main)

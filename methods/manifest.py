@@ -45,6 +45,7 @@ class Hardware(BaseModel):
 
     gpu: Literal["required", "optional", "none"] = "optional"
     minimum_memory_gib: float = Field(default=4, gt=0)
+    linux: bool = True
     macos: bool = False
 
 

@@ -5,48 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from methods.toolkit.tiny_models import make_tiny_chat_model
 
-
-def make_tiny_chat_model(folder: Path, seed: int) -> Path:
-    """Save a 2-layer Llama (hidden size 64, float32) with a byte-level BPE tokenizer and a ChatML template.
-
-    The seed decides the weights only: models of different seeds share one tokenizer and answer differently.
-    As in SmolLM2, the padding token is the end token.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = _chat_tokenizer()
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.3,  # wide enough for a greedy choice to be far from a tie
-            bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    # Bytes that are no character by themselves are never chosen: streamed and whole answers would be decoded
-    # apart.
-    with torch.no_grad():
-        for token in range(len(tokenizer)):
-            if "\ufffd" in tokenizer.decode([token]):
-                model.lm_head.weight[token] = 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+__all__ = ["greedy_answer", "make_tiny_adapter", "make_tiny_chat_model", "prompt_tokens"]
 
 
 def make_tiny_adapter(folder: Path, base: Path, seed: int) -> Path:
@@ -96,25 +57,3 @@ def greedy_answer(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
         )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _chat_tokenizer():  # type: ignore[no-untyped-def]
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["system user assistant switch the light in the kitchen on and off"], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-    )
-    fast.chat_template = CHATML
-    return fast
