@@ -43,14 +43,19 @@ def filled(method: Method, config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={OWN: own})
 
 
-def problems_of_method(method: Method, values: Mapping[str, Any], places: Mapping[str, Place]) -> list[Problem]:
-    """What the method cannot take of the values of a train; `places` are by dotted name."""
+def problems_of_method(
+    method: Method, values: Mapping[str, Any], places: Mapping[str, Place], *, only_given: bool = False
+) -> list[Problem]:
+    """What the method cannot take of the values of a train; `places` are by dotted name.
+
+    With `only_given` nothing is missing.
+    """
     hyper, own = values.get("hyperparameters") or {}, values.get(OWN) or {}
     return [
         *_unused(method, hyper, places),
         *_not_chosen(method, hyper, places),
         *_unknown(method, own, places),
-        *_missing(method, own),
+        *([] if only_given else _missing(method, own)),
         *_impossible(method, own, places),
     ]
 

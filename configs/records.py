@@ -58,7 +58,7 @@ class ServedAs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     endpoint: str | None = None
-    target: str = "transformers"
+    target: str | None = Field(default=None, description="None: the first of the method's.")
     quantization: str | None = None
     port: int | None = None
 

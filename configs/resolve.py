@@ -2,7 +2,7 @@
 
 Every value keeps its origin.
 
-Precedence, the last one wins: default, the method's own default, preset, copied train, file, command line.
+Precedence, the last one wins: default, the method's own default, preset, profile, copied train, file, command line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from configs.aliases import (
 )
 from configs.errors import UserError
 from configs.method_values import OWN, filled, own_name, own_schema, problems_of_method
+from configs.profiles import Profile, RecordedProfile, find_profile
 from configs.reference import fields_of, is_typical, limits_of, typical_of, typical_text
+from configs.settings import load_settings
 from configs.strict_yaml import YamlFile, parse_scalar, read_yaml
 from configs.train import Hyperparameters, TrainConfig, effective_through
 from configs.validation_errors import Place, Problem, dotted, one_error, problems_of
@@ -39,7 +41,8 @@ COMMAND_LINE = "command line"
 
 _TRAIN_FIELDS = fields_of(TrainConfig)
 _HYPER_FIELDS = fields_of(Hyperparameters)
-_TABLE = spelling_table([*_TRAIN_FIELDS, *_HYPER_FIELDS, "preset"])
+_CHOSEN = ("preset", "profile")  # what stands beside the fields of a train and fills them
+_TABLE = spelling_table([*_TRAIN_FIELDS, *_HYPER_FIELDS, *_CHOSEN])
 _EXPECTED = {name: limits_of(schema) for name, schema in _TRAIN_FIELDS.items()} | {
     f"hyperparameters.{name}": limits_of(schema) for name, schema in _HYPER_FIELDS.items()
 }
@@ -104,36 +107,70 @@ def resolve_train(
     preset: str | None = None,
     *,
     copied_from: str | None = None,
+    profile: str | RecordedProfile | None = None,
 ) -> ResolvedTrain:
     """One checked configuration of a train.
 
     `overrides` are `name=value`, the value read as YAML. `copied` is the configuration of an earlier train;
-    origins call it `copied_from`, else by its name. `preset` wins over one named in the file.
+    origins call it `copied_from`, else by its name. `preset` and `profile` win over those named in the file.
     Raises UserError that lists every problem found.
     """
-    notes = _Notes()
-    file_items = _file_items(read_yaml(file)) if file is not None else []
-    copied_items = _copied_items(copied, copied_from) if copied is not None else []
-    override_items = _override_items(overrides)
-    given_preset = _chosen_preset(preset, override_items, file_items, copied_items)
-    preset_items = _preset_items(given_preset) if given_preset is not None else []
-    # The method decides which names there are, so it must be known before the names are looked up.
-    method = _chosen_method(override_items, file_items, copied_items, preset_items)
-
-    preset_layer, file_layer = (_collect(items, method, notes) for items in (preset_items, file_items))
-    copied_layer = _collect(_without_other_method(copied_items, method, notes), method, notes)
-    override_layer = _typed_layer(_collect(override_items, method, notes), method)
-    merged = _method_layer(method) | preset_layer | copied_layer | file_layer | override_layer
-    merged.pop("preset", None)
-    merged = _resolve_paths(merged, method, file)
-    config = _checked(merged, method, file, notes.problems)
+    found = _layers(file, overrides, copied, copied_from, preset, profile)
+    merged = _resolve_paths(found.merged, found.method, file)
+    config = _checked(merged, found.method, file, found.notes.problems)
     origins = _origins(config, merged)
     warnings = [
-        *notes.warnings,
-        *_hidden_preset(preset_layer, copied_layer, merged),
-        *_all_warnings(config, method, merged, given_preset),
+        *found.notes.warnings,
+        *_hidden(found.preset, found.copied, merged),
+        *_hidden(found.profile, found.copied, merged),
+        *_all_warnings(config, found.method, merged, found.chosen_preset),
     ]
     return ResolvedTrain(config=config, origins=origins, warnings=warnings)
+
+
+def profile_of_file(file: Path, overrides: Sequence[str] = ()) -> tuple[Profile, list[str]]:
+    """The parameters that a train file sets, by value, and the names of what else stands there.
+
+    Raises UserError that lists every problem found, as for a train.
+    """
+    found = _layers(file, overrides, None, None, None, None)
+    given = {name: each for name, each in found.merged.items() if each.place.origin != _method_origin(found.method)}
+    kept = {name: each for name, each in given.items() if name.partition(".")[0] in _GROUPS}
+    needed = {name: _Given(name, "profile", Place(name, "profile")) for name in ("name", "base_model", "dataset")}
+    needed["method"] = _Given("method", found.method.name, Place("method", "profile"))
+    layer = _resolve_paths({**_method_layer(found.method), **kept, **needed}, found.method, file)
+    config = _checked(layer, found.method, file, found.notes.problems, only_given=True)
+    profile = _profile_of(config, list(kept), f"file {file}")
+    return profile, [name for name in given if name not in kept and name != "method"]
+
+
+def profile_of_train(config: TrainConfig, origins: Mapping[str, str], train: str) -> Profile:
+    """The parameters that somebody has set in a train, by value."""
+    unset = (DEFAULT, f"method {config.method}")
+    named = [name for name, origin in origins.items() if name.partition(".")[0] in _GROUPS and origin not in unset]
+    return _profile_of(config, named, f"train {train}")
+
+
+def recorded_profile(name: str, config: TrainConfig, origins: Mapping[str, str]) -> RecordedProfile | None:
+    """What the profile gave to a recorded train; None if the train was given nothing by it."""
+    named = [each for each, origin in origins.items() if origin == f"profile {name}"]
+    values = _profile_of(config, named, "").values
+    return RecordedProfile(name, values) if values else None
+
+
+def _profile_of(config: TrainConfig, names: Sequence[str], saved_from: str) -> Profile:
+    values: dict[str, Any] = config.model_dump(mode="json")
+    groups: dict[str, dict[str, Any]] = {group: {} for group in _GROUPS}
+    for name in names:
+        group, _, rest = name.partition(".")
+        own = rest.partition(".")[0]
+        groups[group][own] = values[group][own]
+    return Profile(
+        method=config.method,
+        saved_from=saved_from,
+        hyperparameters=groups["hyperparameters"],
+        method_params=groups[OWN],
+    )
 
 
 def effective(config: TrainConfig) -> dict[str, Any]:
@@ -185,6 +222,49 @@ def _parent_origin(name: str, origins: Mapping[str, str]) -> str:
 
 
 # Layers
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Who gave what, one after the other, and all of it with the last one winning."""
+
+    method: Method
+    chosen_preset: _Given | None
+    preset: _Layer
+    profile: _Layer
+    copied: _Layer
+    merged: _Layer
+    notes: _Notes
+
+
+def _layers(
+    file: Path | None,
+    overrides: Sequence[str],
+    copied: Mapping[str, Any] | None,
+    copied_from: str | None,
+    preset: str | None,
+    profile: str | RecordedProfile | None,
+) -> _Layers:
+    notes = _Notes()
+    file_items = _file_items(read_yaml(file)) if file is not None else []
+    copied_items = _copied_items(copied, copied_from) if copied is not None else []
+    override_items = _override_items(overrides)
+    given = (override_items, file_items, copied_items)
+    chosen_preset, chosen_profile = _chosen("preset", preset, *given), _chosen("profile", profile, *given)
+    preset_items = _preset_items(chosen_preset) if chosen_preset is not None else []
+    profile_items = _profile_items(chosen_profile) if chosen_profile is not None else []
+    # The method decides which names there are, so it must be known before the names are looked up.
+    method = _chosen_method(*given, profile_items, preset_items)
+
+    preset_layer, profile_layer, file_layer = (
+        _collect(items, method, notes) for items in (preset_items, profile_items, file_items)
+    )
+    copied_layer = _collect(_without_other_method(copied_items, method, notes), method, notes)
+    override_layer = _typed_layer(_collect(override_items, method, notes), method)
+    merged = _method_layer(method) | preset_layer | profile_layer | copied_layer | file_layer | override_layer
+    for name in _CHOSEN:
+        merged.pop(name, None)
+    return _Layers(method, chosen_preset, preset_layer, profile_layer, copied_layer, merged, notes)
 
 
 def _file_items(source: YamlFile) -> _Items:
@@ -254,6 +334,26 @@ def _preset_items(given: _Given) -> _Items:
         return Place(".".join(keys), f"preset {name}", source.path, source.lines.get(("values", *keys)))
 
     return list(_walk(preset.values, place))
+
+
+def _profile_items(given: _Given) -> _Items:
+    """The values of a profile; its method with them if they have a meaning for that one only."""
+    if isinstance(given.value, RecordedProfile):
+        origin = f"profile {given.value.name}"
+        return list(_walk(given.value.values, lambda keys: Place(".".join(keys), origin)))
+    name = str(given.value)
+    try:
+        profile, source = find_profile(name, load_settings())
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise Problem(error.problem, "profile", given.place, name, error.expected, error.mend).as_error(None) from error
+
+    def place(keys: _Keys) -> Place:
+        return Place(".".join(keys), f"profile {name}", source.path, source.lines.get(keys))
+
+    of_method = {"method": profile.method} if profile.method_params else {}
+    return list(_walk({**of_method, **profile.values}, place))
 
 
 def _method_layer(method: Method) -> _Layer:
@@ -387,7 +487,7 @@ def _canonical(keys: _Keys, method: Method) -> str | None:
 
 
 def _unknown(keys: _Keys, place: Place, value: object, method: Method) -> Problem:
-    names = [*_TRAIN_FIELDS, *_HYPER_FIELDS, "preset"]
+    names = [*_TRAIN_FIELDS, *_HYPER_FIELDS, *_CHOSEN]
     spellings = [*names, *(spelling for name in names for spelling in SPELLINGS.get(name, ())), *method.parameters]
     table = {**_TABLE, **{spelling_key(name): name for name in method.parameters}}
     found = list(dict.fromkeys(table[spelling_key(item)] for item in nearest(keys[-1], spellings)))
@@ -408,11 +508,11 @@ def _disagreement(one: _Given, other: _Given) -> Problem:
 # Presets
 
 
-def _chosen_preset(name: str | None, *layers: _Items) -> _Given | None:
-    """The preset that counts, the argument before the layers."""
-    if name is not None:
-        return _Given("preset", name, Place("preset", COMMAND_LINE))
-    return next(filter(None, (_named(items, "preset") for items in layers)), None)
+def _chosen(field_name: str, given: str | RecordedProfile | None, *layers: _Items) -> _Given | None:
+    """The preset or profile that counts, the argument before the layers."""
+    if given is not None:
+        return _Given(field_name, given, Place(field_name, COMMAND_LINE))
+    return next(filter(None, (_named(items, field_name) for items in layers)), None)
 
 
 def _find_preset(given: _Given) -> tuple[str, Preset, YamlFile]:
@@ -443,13 +543,14 @@ def _read_preset(path: Path) -> tuple[Preset, YamlFile]:
         raise one_error(problems_of(error.errors(), places, {}), path) from error
 
 
-def _hidden_preset(preset: _Layer, copied: _Layer, merged: _Layer) -> list[str]:
-    hidden = [name for name in preset if name in copied and merged[name].place is copied[name].place]
-    differing = [name for name in hidden if preset[name].value != copied[name].value]
+def _hidden(chosen: _Layer, copied: _Layer, merged: _Layer) -> list[str]:
+    """What a preset or profile says and a copied train says otherwise."""
+    hidden = [name for name in chosen if name in copied and merged[name].place is copied[name].place]
+    differing = [name for name in hidden if chosen[name].value != copied[name].value]
     if not differing:
         return []
     names = ", ".join(name.rpartition(".")[2] for name in differing)
-    return [f"the {preset[differing[0]].place.origin} does not change copied values ({names}); set them by name"]
+    return [f"the {chosen[differing[0]].place.origin} does not change copied values ({names}); set them by name"]
 
 
 def _preset_files() -> list[Path]:
@@ -487,13 +588,18 @@ def _existing(text: str, folders: Sequence[Path], is_model: bool) -> Path | None
     return None
 
 
-def _checked(merged: _Layer, method: Method, file: Path | None, problems: list[Problem]) -> TrainConfig:
-    """The configuration; raises what was found before together with what the models and the method find."""
+def _checked(
+    merged: _Layer, method: Method, file: Path | None, problems: list[Problem], *, only_given: bool = False
+) -> TrainConfig:
+    """The configuration; raises what was found before together with what the models and the method find.
+
+    With `only_given` a parameter that the method requires may be missing.
+    """
     values: dict[str, Any] = {}
     for given in merged.values():
         _put(values, given)
     places = {name: given.place for name, given in merged.items()}
-    of_method = problems_of_method(method, values, places)
+    of_method = problems_of_method(method, values, places, only_given=only_given)
     try:
         config = TrainConfig.model_validate(values)
     except ValidationError as error:
@@ -503,7 +609,7 @@ def _checked(merged: _Layer, method: Method, file: Path | None, problems: list[P
         raise one_error([*problems, *of_models, *others], file) from error
     if problems or of_method:
         raise one_error([*problems, *of_method], file)
-    return filled(method, config)
+    return config if only_given else filled(method, config)
 
 
 def _put(values: dict[str, Any], given: _Given) -> None:

@@ -112,6 +112,11 @@ class Settings(BaseSettings):
         return self.root / "methods"
 
     @property
+    def profiles(self) -> Path:
+        """Parameter profiles: a YAML file each, named by the profile."""
+        return self.root / "profiles"
+
+    @property
     def environments(self) -> Path:
         """Environments of stages: one a name, made from a method's `environment.yml`."""
         return self.root / "envs"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.base_models import load_base_models
 from configs.errors import UserError
+from configs.profiles import list_profiles
 from configs.settings import Settings
 from deployments import alerts, automations, forms, retraining
 from deployments.work_pools import WORK_POOL, ensure_pool
@@ -34,6 +35,8 @@ ENTRYPOINTS = {
     "add-dataset": "flows.records.add_dataset",
     "add-base-model": "flows.records.register_base_model",
     "add-method": "flows.records.add_method",
+    "new-method": "flows.records.new_method",
+    "check-method": "flows.records.check_method",
     "delete-method": "flows.records.delete_method",
     "resume": "flows.resume.resume",
     retraining.FLOW: "flows.retrain.retrain",
@@ -79,9 +82,9 @@ def describe_deployments(settings: Settings, pool: str = WORK_POOL) -> list[Flow
     Names are unique on a server: on another pool than the first one they end in `@POOL`. Raises UserError for a
     manifest or a list of base models that is wrong.
     """
-    base_models = list(load_base_models(settings))
+    base_models, profiles = list(load_base_models(settings)), list(list_profiles(settings))
     trains = [
-        _train_deployment(method, through, base_models)
+        _train_deployment(method, through, base_models, profiles)
         for method in load_methods(settings).values()
         for through in method.lifecycle
         if "training" in method.stages
@@ -92,13 +95,15 @@ def describe_deployments(settings: Settings, pool: str = WORK_POOL) -> list[Flow
     return [item.model_copy(update={"name": f"{item.name}@{pool}", "pool": pool}) for item in described]
 
 
-def _train_deployment(method: Method, through: forms.Through, base_models: list[str]) -> FlowDeployment:
+def _train_deployment(
+    method: Method, through: forms.Through, base_models: list[str], profiles: list[str]
+) -> FlowDeployment:
     return FlowDeployment(
         flow=through,
         name=method.name,
         description=f"{method.description}\n\nFrom a base model and a dataset to {_PATHS[through]}. "
         "To try one thing differently: open a run, and choose *Copy to new run* from its menu.",
-        form=forms.train_form(method, through, base_models),
+        form=forms.train_form(method, through, base_models, profiles),
     )
 
 
@@ -126,6 +131,20 @@ def _plain_deployments() -> list[FlowDeployment]:
         ("add-dataset", "file", "Validate a file and store its rows as an immutable dataset.", forms.AddDataset, ()),
         ("add-base-model", "model", "Register a base model: a folder or a hub id.", forms.AddBaseModel, ()),
         ("add-method", "folder", "Add a training method: a folder with a method.yaml.", forms.AddMethod, ()),
+        (
+            "new-method",
+            "template",
+            "Begin a training method with a copy of another one: a folder to change and then to add.",
+            forms.NewMethod,
+            (),
+        ),
+        (
+            "check-method",
+            "name",
+            "Run every stage of a method on a tiny model, then cancel, resume and fail; takes some minutes.",
+            forms.CheckMethod,
+            (),
+        ),
         (
             "delete-method",
             "name",

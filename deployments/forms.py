@@ -20,6 +20,7 @@ from configs.endpoints import QUANTIZATIONS, EndpointName, Quantization, Target
 from configs.errors import UserError
 from configs.method_values import OWN
 from configs.parameter_schemas import MODEL, PATH, json_schema
+from configs.profiles import RecordedProfile
 from configs.reference import typical_of, typical_text
 from configs.resolve import ResolvedTrain, resolve_train
 from configs.train import Hyperparameters, Slug, Text, TrainConfig
@@ -86,11 +87,11 @@ class ServedAt(BaseModel):
         title="Endpoint",
         description="Endpoint to deploy to, such as home-commands. Empty: one named after the model's line.",
     )
-    target: Target = Field(
-        default="transformers",
+    target: Target | None = Field(
+        default=None,
         title="Target",
-        description="What serves the model. `tuneline targets` tells which ones are ready on a host; llama.cpp and "
-        "ollama take complete models only.",
+        description="What serves the model. Empty: the first target that its method names. `tuneline targets` tells "
+        "which ones are ready on a host; llama.cpp and ollama take complete models only.",
     )
     quantization: Quantization | None = Field(
         default=None,
@@ -101,6 +102,17 @@ class ServedAt(BaseModel):
     )
     port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, title="Port", description="Port of a new endpoint. Empty: a free one from 8100."
+    )
+
+
+class WithProfile(BaseModel):
+    """What every form of a train asks beside it."""
+
+    profile: Slug | None = Field(
+        default=None,
+        title="Profile",
+        description="Parameters that were saved with `tuneline profiles save`; they count where the form is left at "
+        "its default. Empty: none.",
     )
 
 
@@ -171,6 +183,23 @@ class AddMethod(BaseModel):
     )
 
 
+class NewMethod(BaseModel):
+    """What the flow `new-method` needs."""
+
+    name: Slug = Field(title="Name", description="Name of the new method: small letters, digits and -.")
+    folder: Text = Field(
+        title="Folder",
+        description="Folder to write on the host that the worker runs on, which is not there yet; its absolute path.",
+    )
+    template: Slug = Field(default="custom01", title="From", description="Method to begin with.")
+
+
+class CheckMethod(BaseModel):
+    """What the flow `check-method` needs."""
+
+    name: Slug = Field(title="Name", description="Name of a method.")
+
+
 class DeleteMethod(BaseModel):
     """What the flow `delete-method` needs."""
 
@@ -193,10 +222,11 @@ class AddBaseModel(BaseModel):
     license: str = Field(default="", max_length=100, title="License", description="License of the weights.")
 
 
-def train_form(method: Method, through: Through, base_models: Sequence[str]) -> Schema:
+def train_form(method: Method, through: Through, base_models: Sequence[str], profiles: Sequence[str] = ()) -> Schema:
     """The form of a train of this method that goes as far as `through`.
 
-    `base_models` are the registered ones, told as examples: a folder or a hub id is fine as well.
+    `base_models` are the registered ones, told as examples: a folder or a hub id is fine as well; `profiles` are the
+    names of the saved ones.
     """
     train = _object(TrainConfig, _COMMON_TRAIN, without=_NOT_ASKED)
     fields = train["properties"]
@@ -219,9 +249,14 @@ def train_form(method: Method, through: Through, base_models: Sequence[str]) -> 
     }
     train["required"].append("method")
     _number(fields)
-    properties = {"train": train | {"title": "Train"}}
+    properties = {"train": train | {"title": "Train"}, **_object(WithProfile)["properties"]}
+    if profiles:
+        properties["profile"]["examples"] = list(profiles)
+        properties["profile"]["description"] += f" Saved: {', '.join(profiles)}."
     if through == "deployed":
-        properties |= _object(ServedAt)["properties"]
+        served = _object(ServedAt)["properties"]
+        served["target"] |= {"enum": list(method.deployment_targets), "default": method.deployment_targets[0]}
+        properties |= served
     _number(properties)
     return {"type": "object", "properties": properties, "required": ["train"], "additionalProperties": False}
 
@@ -231,7 +266,12 @@ def plain_form(model: type[BaseModel], first: Sequence[str] = ()) -> Schema:
     return _object(model, first)
 
 
-def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = None) -> ResolvedTrain:
+def resolve_form(
+    train: TrainConfig,
+    through: Through,
+    endpoint: str | None = None,
+    profile: str | RecordedProfile | None = None,
+) -> ResolvedTrain:
     """The configuration a form gave, with the path of its flow, the origin of every value and the warnings.
 
     A form sends its defaults too, so what differs from the defaults of the method is what somebody has set.
@@ -248,9 +288,10 @@ def resolve_form(train: TrainConfig, through: Through, endpoint: str | None = No
     given = _set_by_somebody(train) | {"through": through}
     if endpoint is not None:
         given["endpoint"] = endpoint
-    found = resolve_train(copied=given, copied_from=FORM)
+    found = resolve_train(copied=given, copied_from=FORM, profile=profile)
     origins = {name: FORM if origin == f"copied from {FORM}" else origin for name, origin in found.origins.items()}
     warnings = [warning.replace(f"copied from {FORM}", f"the {FORM}") for warning in found.warnings]
+    warnings = [warning.replace("copied values", f"what is set in the {FORM}") for warning in warnings]
     return found.model_copy(update={"origins": origins, "warnings": warnings})
 
 

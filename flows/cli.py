@@ -25,6 +25,7 @@ from flows import (
     cli_environments,
     cli_methods,
     cli_models,
+    cli_profiles,
     cli_retraining,
     cli_scores,
     cli_targets,
@@ -56,6 +57,7 @@ app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_methods.app, name="methods")
+app.add_typer(cli_profiles.app, name="profiles")
 app.add_typer(cli_environments.app, name="envs")
 app.add_typer(cli_deployments.app, name="deployments")
 app.add_typer(cli_targets.app, name="targets")
@@ -79,6 +81,7 @@ def train(
     file: Annotated[Path | None, typer.Argument(help="YAML file of the train.")] = None,
     set_: Sets = [],  # noqa: B006 - typer reads the default, nobody changes it
     preset: Annotated[str | None, typer.Option(help="Documented values to start from, such as nl2json.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Parameters saved with `tuneline profiles save`.")] = None,
     through: Annotated[str | None, typer.Option(help="How far: customized, complete or deployed.")] = None,
     queue: Annotated[QueueName, typer.Option(help="Who gets a GPU first where several trains wait.")] = "default",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and start nothing.")] = False,
@@ -87,7 +90,7 @@ def train(
     from configs.resolve import resolve_train
 
     overrides = [*set_, *([f"through={through}"] if through else [])]
-    resolved = resolve_train(file, overrides, preset=preset)
+    resolved = resolve_train(file, overrides, preset=preset, profile=profile)
     cli_trains.show_configuration(resolved)
     if dry_run:
         cli_trains.check_first(resolved)
@@ -119,7 +122,7 @@ def save(train: Annotated[str, typer.Argument(help="A train, or the customized m
 @app.command()
 def deploy(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    target: Annotated[Target, typer.Option(help="What serves it.")] = "transformers",
+    target: Annotated[Target | None, typer.Option(help="What serves it; by default the method's first.")] = None,
     endpoint: Annotated[str | None, typer.Option(help="Endpoint; by default named after the model's line.")] = None,
     quantization: Annotated[Quantization | None, typer.Option(help="Fewer bits here; by default none.")] = None,
     port: Annotated[

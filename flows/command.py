@@ -22,6 +22,7 @@ def run_flow_file(flow: Any) -> None:
     parser = argparse.ArgumentParser(description=flow.fn.__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="YAML file of a train")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a parameter")
+    parser.add_argument("--profile", help="parameters that were saved under this name")
     parser.add_argument("--model", help="start from this model instead of from a train")
     parser.add_argument("--resume", metavar="TRAIN", help="take up this train again")
     given = parser.parse_args()
@@ -32,7 +33,7 @@ def run_flow_file(flow: Any) -> None:
         elif given.model is not None:
             result = flow(model=given.model)
         else:
-            resolved = resolve_train(given.file, given.set)
+            resolved = resolve_train(given.file, given.set, profile=given.profile)
             result = flow(train=resolved.config, origins=resolved.origins)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -28,6 +28,7 @@ def complete(
     resume: str | None = None,
     model: str | None = None,
     queue: QueueName | None = None,
+    profile: str | None = None,
 ) -> ModelRecord:
     """Make a complete model from a train, or from the customized `model`; returns it."""
     if model is not None:
@@ -35,7 +36,7 @@ def complete(
         if found.stage != "customized":
             raise UserError("only a customized model can be saved", field="model", value=f"{model} ({found.stage})")
         return lifecycle.save_complete(found)
-    record = lifecycle.open_train(train, origins, resume, "complete", queue=queue)
+    record = lifecycle.open_train(train, origins, resume, "complete", queue=queue, profile=profile)
     with lifecycle.closing(record.id):
         return train_to_complete(record)
 

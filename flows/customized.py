@@ -35,9 +35,10 @@ def customized(
     origins: dict[str, str] | None = None,
     resume: str | None = None,
     queue: QueueName | None = None,
+    profile: str | None = None,
 ) -> ModelRecord:
     """Train an adapter from its configuration, or take up the train `resume`; returns the customized model."""
-    record = lifecycle.open_train(train, origins, resume, "customized", queue=queue)
+    record = lifecycle.open_train(train, origins, resume, "customized", queue=queue, profile=profile)
     with lifecycle.closing(record.id):
         return train_from_base(record)
 

@@ -30,16 +30,20 @@ def deployed(
     resume: str | None = None,
     model: str | None = None,
     endpoint: str | None = None,
-    target: str = "transformers",
+    target: str | None = None,
     quantization: str | None = None,
     port: int | None = None,
     queue: QueueName | None = None,
+    profile: str | None = None,
 ) -> Endpoint:
-    """Serve `model`, or the complete model of a train, at an endpoint; returns the endpoint."""
+    """Serve `model`, or the complete model of a train, at an endpoint; returns the endpoint.
+
+    Without a `target` it is the first of the method's.
+    """
     if model is not None:
         return lifecycle.deploy_model(lifecycle.find_model(model), endpoint, target, quantization, port)
     served_as = ServedAs(endpoint=endpoint, target=target, quantization=quantization, port=port)
-    record = lifecycle.open_train(train, origins, resume, "deployed", endpoint, queue, served_as)
+    record = lifecycle.open_train(train, origins, resume, "deployed", endpoint, queue, served_as, profile)
     with lifecycle.closing(record.id):
         return train_to_deployed(record)
 

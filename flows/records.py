@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from prefect import flow
+from prefect.artifacts import create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
@@ -18,7 +19,9 @@ from deployments.flow_deployments import DeploymentChange, deploy_flows
 from deployments.service_records import recorded_pools
 from deployments.services import connect
 from deployments.work_pools import WORK_POOL
-from tasks import base_models, datasets, deploying, training_methods
+from methods.registry import find_method
+from tasks import base_models, datasets, deploying, method_checks, training_methods
+from tasks.method_checks import CheckResult
 
 
 @flow(name="undeploy")
@@ -75,6 +78,33 @@ def add_method(folder: str) -> str:
     method = training_methods.add_method(_absolute(folder, "folder"), load_settings())
     _match_own_pool()
     return method.name
+
+
+@flow(name="new-method")
+def new_method(name: str, folder: str, template: str = "custom01") -> str:
+    """Copy a method into a new folder, to be changed and then added; returns its manifest."""
+    made = training_methods.new_method(name, template, _absolute(folder, "folder"), load_settings())
+    get_run_logger().info("written to %s; change it there, then run add-method", made)
+    return str(made)
+
+
+@flow(name="check-method")
+def check_method(name: str) -> list[CheckResult]:
+    """Run every stage of a method on a tiny model, then cancel, resume and fail; fails if anything is wrong."""
+    results = method_checks.check_method(find_method(name), _log_check)
+    rows = [{"": _MARKS[each.ok], **each.model_dump(exclude={"ok", "method"})} for each in results]
+    create_table_artifact(rows, key=f"check-{name}", description=f"Check of the method {name}")
+    wrong = [each.check for each in results if each.ok is False]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)} of the method {name} went wrong", field="name", value=name)
+    return results
+
+
+_MARKS = {True: "✓", False: "✗", None: "–"}
+
+
+def _log_check(result: CheckResult) -> None:
+    get_run_logger().info("%s %s (%.1f s): %s", _MARKS[result.ok], result.check, result.seconds, result.detail)
 
 
 @flow(name="delete-method")

@@ -21,6 +21,7 @@ from configs.train import Hyperparameters, TrainConfig
 
 HOST_ENVIRONMENT = "host"
 MANIFEST = "method.yaml"
+NAME_PATTERN = r"^[a-z][a-z0-9-]{0,39}$"
 
 StageName = Literal["training", "saving", "inference-customized", "inference-complete", "deploying"]
 _REQUIRED_STAGE = {"customized": "training", "complete": "saving"}
@@ -64,7 +65,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")
+    name: str = Field(pattern=NAME_PATTERN)
     description: str = Field(min_length=1, max_length=500)
     types: list[Literal["chat", "embedding", "vision-language", "image-generation"]] = Field(min_length=1)
     lifecycle: list[Literal["customized", "complete", "deployed"]] = Field(min_length=1)

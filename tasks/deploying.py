@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from configs.endpoints import Endpoint, Probe, Quantization
+from configs.endpoints import Endpoint, Probe, Quantization, Target
 from configs.errors import UserError
 from configs.records import ModelRecord
-from methods.registry import find_method
+from methods.registry import Method, find_method
 from tasks import endpoints, models
 from tasks.inference import Generation, answer_prompts
 from tasks.targets import TARGETS
@@ -27,12 +27,12 @@ _UNTRAINED_PROBES: list[list[dict[str, str]]] = [
 def deploy_model(
     model: ModelRecord,
     endpoint: str | None,
-    target: str,
+    target: str | None,
     quantization: str | None,
     port: int | None,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> Endpoint:
-    """Serve the model at the endpoint (by default one named after its line).
+    """Serve the model at the endpoint (by default one named after its line) by the target (the method's first).
 
     The switch happens only after the server was seen to render the trained prompt tokens and to give the model's
     own greedy answers. Raises UserError; what was deployed before then stays up.
@@ -40,17 +40,11 @@ def deploy_model(
     if model.stage == "trained":
         raise UserError("these weights are not saved yet", field="model", value=model.name, mend="save them first")
     method = find_method(model.method)
-    if target not in method.deployment_targets:
-        raise UserError(
-            f"models of the method {method.name} cannot be served so",
-            field="target",
-            value=target,
-            expected=f"one of {', '.join(method.deployment_targets)}",
-        )
-    missing = TARGETS[target].ready()
+    chosen = check_target(method, target)
+    missing = TARGETS[chosen].ready()
     if missing is not None:  # told before the model has answered its probes, which takes a while
-        raise UserError(f"the target {target} is not ready on this host: {missing}", field="target", value=target)
-    custom = target == "custom"
+        raise UserError(f"the target {chosen} is not ready on this host: {missing}", field="target", value=chosen)
+    custom = chosen == "custom"
     python = method.stage_python("deploying") if custom else None
     program = method.stage_file("deploying") if custom else None
     if model.stage != "base":
@@ -62,7 +56,7 @@ def deploy_model(
         model.name,
         model.path,
         probes=probes,
-        target=target,
+        target=chosen,
         quantization=cast(Quantization | None, quantization),
         python=python,
         program=program,
@@ -71,6 +65,18 @@ def deploy_model(
     )
     models.set_alias(model, "deployed")
     return served
+
+
+def check_target(method: Method, target: str | None) -> Target:
+    """The target, or the first of the method's. Raises UserError for one that does not serve its models."""
+    if not method.deployment_targets or (target is not None and target not in method.deployment_targets):
+        raise UserError(
+            f"models of the method {method.name} cannot be served{' so' if method.deployment_targets else ''}",
+            field="target",
+            value=target,
+            expected=f"one of {', '.join(method.deployment_targets)}" if method.deployment_targets else None,
+        )
+    return next((each for each in method.deployment_targets if each == target), method.deployment_targets[0])
 
 
 def endpoint_name(line: str) -> str:

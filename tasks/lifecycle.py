@@ -18,12 +18,14 @@ from prefect.logging import get_run_logger
 
 from configs.endpoints import Endpoint
 from configs.errors import UserError
+from configs.profiles import RecordedProfile
 from configs.records import ModelRecord, QueueName, ServedAs, TrainRecord, TrainStatus
-from configs.resolve import ResolvedTrain
+from configs.resolve import recorded_profile
 from configs.train import TrainConfig
 from deployments import alerts
 from deployments.forms import Through, mark_copied, resolve_form
 from deployments.guard import guard_embedded_server
+from methods.registry import find_method
 from tasks import cancelling, deploying, models, resuming, tracking, trains
 from tasks.gpus import release_slots
 from tasks.progress import TerminalLine, showing
@@ -51,12 +53,14 @@ def open_train(
     endpoint: str | None = None,
     queue: QueueName | None = None,
     served_as: ServedAs | None = None,
+    profile: str | None = None,
 ) -> TrainRecord:
     """Begin a train that goes as far as `through`, or take one up again; returns its record.
 
     A flow run that is run again (*Retry* on the page) takes up the train that it has begun.
 
-    Without `origins` the configuration comes from a form, and its origins are found out. `queue` says who gets a GPU
+    Without `origins` the configuration comes from a form, with the `profile` that was picked there, and its origins are
+    found out. `queue` says who gets a GPU
     first; not given: the work queue of the flow run, or that of an earlier attempt.
     """
     if (train is None) == (resume is None):
@@ -70,8 +74,10 @@ def open_train(
         record = trains.reopen_train(begun)
     else:
         assert train is not None  # noqa: S101 - said above, for the type checker
+        if through == "deployed":  # refused here, not when everything is trained
+            deploying.check_target(find_method(train.method), served_as.target if served_as else None)
         if origins is None:
-            record = _open_from_form(resolve_form(train, through, endpoint))
+            record = _open_from_form(train, through, endpoint, profile)
         else:
             record = trains.open_train(train, origins, [])
         record = trains.update_train(record.id, served_as=served_as or ServedAs())
@@ -114,8 +120,13 @@ def find_train(reference: str) -> TrainRecord:
     return trains.load_train(reference)
 
 
-def _open_from_form(resolved: ResolvedTrain) -> TrainRecord:
+def _open_from_form(train: TrainConfig, through: Through, endpoint: str | None, profile: str | None) -> TrainRecord:
     copied = _copied_train()
+    given: str | RecordedProfile | None = profile
+    if profile is not None and copied is not None:
+        # The copy is the same train, although the profile may have other values by now.
+        given = recorded_profile(profile, copied.config, copied.origins) or profile
+    resolved = resolve_form(train, through, endpoint, given)
     if copied is not None:
         resolved = mark_copied(resolved, copied.id, copied.config)
     for warning in resolved.warnings:
@@ -407,7 +418,7 @@ def find_model(reference: str) -> ModelRecord:
 
 @task(name="deploy model", cache_policy=NO_CACHE)
 def deploy_model(
-    model: ModelRecord, endpoint: str | None, target: str, quantization: str | None, port: int | None
+    model: ModelRecord, endpoint: str | None, target: str | None, quantization: str | None, port: int | None
 ) -> Endpoint:
     """Serve the model, verify it, switch the endpoint to it; returns the endpoint."""
     with showing("deploying", "deployment-progress") as progress:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from configs.errors import UserError
 from configs.method_values import OWN, checked_values
@@ -205,6 +205,7 @@ class _Kit:
         for name in ("base_model", "train_rows.jsonl", "validation_rows.jsonl", "requests.jsonl", "parameters.json"):
             if not (self.material / name).exists():
                 raise _Wrong(f"{own.name if own.is_file() else 'the toolkit'} has not left {name}")
+        self._config()  # what parameters.json says is refused here, not in every stage
         return f"{_lines(self.material / 'train_rows.jsonl')} rows of the kind {self.method.kinds[0]}"
 
     def _config(self, **changes: Any) -> TrainConfig:
@@ -243,7 +244,7 @@ class _Kit:
     def _models_by_name(self) -> dict[str, str]:
         return dict.fromkeys(self._models(), "tiny")
 
-    def _training_job(self, folder: Path, resume: Path | None = None, **changes: Any) -> StageJob:
+    def _training_job(self, folder: Path, resume: Path | None = None, /, **changes: Any) -> StageJob:
         config = self._config(**changes)
         files = {
             name: config.method_params[name]
@@ -435,7 +436,7 @@ class _Kit:
         folder = self.folder / "resuming"
         checkpoint = folder / "checkpoints" / start.name
         shutil.copytree(start, checkpoint)
-        result = self._run(folder, self._training_job(folder, resume=checkpoint), "training")
+        result = self._run(folder, self._training_job(folder, checkpoint), "training")
         again = _what_is_left(folder, result)
         step = int(start.name.removeprefix("checkpoint-"))
         if not any(max(points) > step for points in again.curves.values()):
@@ -553,7 +554,11 @@ def _told(curves: dict[str, dict[int, float]]) -> str:
 def _refuse_other_prediction(request: dict[str, Any], prediction: dict[str, Any]) -> None:
     """Refuse a prediction that is not of the form that goes with the request."""
     if "messages" in request:
-        Answer.model_validate(prediction)
+        try:
+            Answer.model_validate(prediction)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _Wrong(f"this is no answer: {first['loc'][0]}: {first['msg']}: {prediction!r:.100}") from None
     for asked, given in (("texts", "embeddings"), ("answers", "scores")):
         if asked in request and len(prediction.get(given) or ()) != len(request[asked]):
             raise _Wrong(f"for {len(request[asked])} {asked} it gives {prediction.get(given)!r:.100} as {given}")

@@ -24,6 +24,8 @@ WANTED = {
     "add-dataset/file",
     "add-base-model/model",
     "add-method/folder",
+    "new-method/template",
+    "check-method/name",
     "delete-method/name",
 }
 

@@ -11,7 +11,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, is_valid_schema, validate
 
 from configs.errors import UserError
-from configs.settings import Settings
+from configs.profiles import Profile, write_profile
+from configs.settings import Settings, load_settings
 from configs.train import Hyperparameters, TrainConfig
 from deployments import flow_deployments, forms
 from deployments.forms import Through
@@ -80,8 +81,27 @@ def test_registered_base_models_are_told() -> None:
 
 
 def test_only_a_deployed_form_asks_for_an_endpoint() -> None:
-    assert list(form("complete")["properties"]) == ["train"]
-    assert list(form("deployed")["properties"]) == ["train", "endpoint", "target", "quantization", "port"]
+    assert list(form("complete")["properties"]) == ["train", "profile"]
+    assert list(form("deployed")["properties"]) == ["train", "profile", "endpoint", "target", "quantization", "port"]
+
+
+def test_only_what_serves_the_methods_models_can_be_chosen(home: object) -> None:
+    target = own_form("deployed", lifecycle=["deployed"], deployment_targets=["vllm", "ollama"])["properties"]["target"]
+    assert (target["enum"], target["default"]) == (["vllm", "ollama"], "vllm")
+
+
+def test_a_profile_counts_where_the_form_is_left_at_its_default(home: object) -> None:
+    own_form()
+    saved = {"lora_rank": 4, "max_steps": 7}
+    write_profile("fast", Profile(method="mine", saved_from="x", hyperparameters=saved), load_settings())
+    fields = forms.train_form(find_method("mine"), "customized", [], ["fast"])["properties"]["profile"]
+    assert (fields["examples"], fields["description"].endswith("Saved: fast.")) == (["fast"], True)
+    given = {"hyperparameters": {"lora_rank": 8, "max_steps": 9}, "method_params": {"judge": "me"}}
+    resolved = forms.resolve_form(TrainConfig.model_validate(MINE | given), "customized", None, "fast")
+    hyper = resolved.config.hyperparameters
+    assert (hyper.lora_rank, resolved.origins["hyperparameters.lora_rank"]) == (4, "profile fast")
+    assert (hyper.max_steps, resolved.origins["hyperparameters.max_steps"]) == (9, "form")
+    assert "the profile fast does not change what is set in the form (max_steps); set them by name" in resolved.warnings
 
 
 MINE = TRAIN | {"method": "mine"}

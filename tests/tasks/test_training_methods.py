@@ -14,7 +14,7 @@ from configs.train import TrainConfig
 from deployments.flow_deployments import describe_deployments
 from methods.registry import find_method, load_methods
 from tasks import trains
-from tasks.training_methods import add_method, delete_method
+from tasks.training_methods import add_method, delete_method, new_method
 
 MANIFEST = """
 name: mine
@@ -104,6 +104,14 @@ def test_what_leads_out_of_the_folder_or_is_no_file_is_refused_and_nothing_is_co
         with pytest.raises(UserError, match="leads out"):
             add_method(folder, settings)
         (folder / "link").unlink()
+    (folder / "below").mkdir()
+    for link, target in (("link", "link"), ("below/link", ".."), ("below/link", "../../my method"), ("link", "gone")):
+        (folder / link).symlink_to(target)
+        with pytest.raises(UserError, match="round in a circle") as caught:
+            add_method(folder, settings)
+        assert caught.value.file == str(folder / link)
+        (folder / link).unlink()
+    (folder / "below").rmdir()
     os.mkfifo(folder / "pipe")
     with pytest.raises(UserError, match="neither a file nor a folder"):
         add_method(folder, settings)
@@ -114,6 +122,31 @@ def test_what_leads_out_of_the_folder_or_is_no_file_is_refused_and_nothing_is_co
     with pytest.raises(UserError, match="no folder of a method"):
         add_method(tmp_path, settings)
     assert not settings.methods.exists() or [path.name for path in settings.methods.iterdir()] == [".lock"]
+
+
+def test_a_new_method_begins_as_a_copy_under_its_own_name(folder: Path, tmp_path: Path) -> None:
+    settings = load_settings()
+    text = "# Ours.\nstages:\n  training: {file: training.py, environment: songs}  # not the host\n" + MANIFEST
+    text = text.replace("stages:\n  training: {file: training.py, environment: host}\n", "")
+    (folder / "method.yaml").write_text(text)
+    (folder / "environment.yml").write_text("name: songs\ndependencies: [python=3.11]\n")
+    add_method(folder, settings)
+    manifest = new_method("yours", "mine", tmp_path / "yours", settings)
+    changed = text.replace("name: mine", "name: yours").replace("environment: songs", "environment: yours")
+    assert manifest.read_text() == changed
+    assert (tmp_path / "yours" / "environment.yml").read_text() == "name: yours\ndependencies: [python=3.11]\n"
+    assert (tmp_path / "yours" / "helper.py").read_text() == "VALUE = 1\n"
+    assert not (tmp_path / "yours" / "__pycache__").exists()
+    assert add_method(manifest.parent, settings).name == "yours"
+    for name, template, target, told in (
+        ("third", "mine", tmp_path / "yours", "something here already"),
+        ("yours", "mine", tmp_path / "third", "of this name already"),
+        ("Third", "mine", tmp_path / "third", "not usable as the name"),
+        ("third", "absent", tmp_path / "third", "no such training method"),
+    ):
+        with pytest.raises(UserError, match=told):
+            new_method(name, template, target, settings)
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_setting_closes_both(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
