@@ -37,7 +37,8 @@ def test_a_method_is_begun_added_shown_and_deleted(home: Path, tmp_path: Path) -
     assert "| `learning_rate` | `LEARNING_RATE`, `LR`, `学习率` | `1e-06` |" in shown
     assert "num_generations" not in shown
     manifest.write_text(manifest.read_text().replace("minimum: 0", "minimum: x"))
-    assert "method.yaml:15: this is no JSON schema" in tuneline("methods", "add", tmp_path / "mine", code=2)
+    line = manifest.read_text().partition("  beta:")[0].count("\n") + 1
+    assert f"method.yaml:{line}: this is no JSON schema" in tuneline("methods", "add", tmp_path / "mine", code=2)
     assert "its past trains stay" in tuneline("methods", "delete", "mine")
     assert "no such training method" in tuneline("methods", "show", "mine", code=2)
 
