@@ -24,6 +24,7 @@ from configs.strict_yaml import YamlFile, read_yaml
 from configs.train import Slug, Text
 from configs.validation_errors import Place, one_error, problems_of
 
+ModelType = Literal["chat", "embedding", "vision-language", "image-generation"]
 SHIPPED = Path(__file__).resolve().parent / "base_models.yaml"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -66,7 +67,7 @@ class BaseModelEntry(BaseModel):
 
     name: Slug
     title: Text
-    type: Literal["chat", "embedding", "vision-language", "image-generation"] = "chat"
+    type: ModelType = "chat"
     path: Path | None = None
     hub: Annotated[str, AfterValidator(_hub_id)] | None = None
     revision: Text | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -69,6 +69,13 @@ class Probe(_Record):
     max_new_tokens: int = Field(default=64, ge=1)
 
 
+class RequestProbe(_Record):
+    """A request to a model that does not chat, and what its inference stage has made of it."""
+
+    request: dict[str, Any] = Field(description="`{texts: [...]}` or `{caption: ...}`, as that stage is asked.")
+    prediction: dict[str, Any] = Field(description="`{embeddings: [[...]]}`, or `{b64_json: ...}` of a picture.")
+
+
 class Verification(_Record):
     """What was proved before the endpoint was switched to a deployment."""
 
@@ -80,6 +87,9 @@ class Verification(_Record):
     answers_skipped: str | None = Field(default=None, description="Why some answers were not compared.")
     answers_same: int | None = Field(
         default=None, description="Quantised here: how many known answers it gave all the same."
+    )
+    figures: dict[str, float] = Field(
+        default_factory=dict, description="Models that do not chat: how near the answers came to those expected."
     )
 
 
@@ -93,6 +103,7 @@ class Deployment(_Record):
     quantization: Quantization | None = None
     python: Path = Field(description="Interpreter that serves it.")
     program: Path | None = Field(default=None, description="Target custom: the method's deploying file.")
+    base_path: Path | None = Field(default=None, description="Target custom: the base model, if this is an adapter.")
     device: str = "auto"
     dtype: str = "auto"
     port: int | None = Field(default=None, description="Port of the backend, always on 127.0.0.1.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,6 +25,17 @@ SCORE_TITLES = {
     "hit_limit": "Cut at the limit",
 }
 """The figures one compares, in percent, and what they are called in tables."""
+
+
+def are_scores_of_answers(figures: Mapping[str, float]) -> bool:
+    """Whether these are the scores of answers against references; else they are figures of a method's own."""
+    return bool(figures) and all(name in SCORE_TITLES or name == "perplexity" for name in figures)
+
+
+def figure_title(name: str) -> str:
+    """What a figure of a method's own is called in tables."""
+    return f"{name} (%)" if name in SCORE_TITLES else name
+
 
 LOWER_IS_BETTER = frozenset({"edit_distance", "hit_limit", "perplexity"})
 """Of all other figures more is better."""

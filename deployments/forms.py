@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from configs.base_models import ModelType
 from configs.datasets import RequestedShape
 from configs.endpoints import QUANTIZATIONS, EndpointName, Quantization, Target
 from configs.errors import UserError
@@ -216,6 +217,7 @@ class AddBaseModel(BaseModel):
         description="Folder with config.json and safetensors on the host that the worker runs on. This, or a hub id.",
     )
     hub: Text | None = Field(default=None, title="Hub id", description="OWNER/NAME on the hub. This, or a folder.")
+    type: ModelType = Field(default="chat", title="Type", description="What it is.")
     revision: Text | None = Field(default=None, title="Revision", description="Revision on the hub.")
     title: Text | None = Field(default=None, title="Title", description="Title. Empty: the name.")
     description: str = Field(default="", max_length=500, title="Description", description="What it is good for.")

@@ -23,6 +23,7 @@ from flows import (
     cli_datasets,
     cli_deployments,
     cli_environments,
+    cli_inference,
     cli_methods,
     cli_models,
     cli_profiles,
@@ -51,6 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(cli_inference.infer)
 app.command()(cli_scores.evaluate)
 app.command()(cli_scores.score)
 app.add_typer(cli_trains.app, name="trains")
@@ -152,32 +154,6 @@ def undeploy(endpoint: Annotated[str, typer.Argument(help="Name of the endpoint.
 
     stop(endpoint)
     print(f"nothing is served at {endpoint} any more; `tuneline deployments rollback {endpoint}` brings it back")
-
-
-@app.command()
-def infer(
-    model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always gives the likeliest answer.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Start of the random choices.", min=0)] = 42,
-    json_: Json = False,
-) -> None:
-    """Ask a model one question, without deploying it."""
-    found = cli_models.find(model)
-    cli_trains.embedded()
-    from tasks.inference import Generation, answer_prompts
-
-    messages = [{"role": "system", "content": system}] if system else []
-    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    answer = answer_prompts(found, [[*messages, {"role": "user", "content": prompt}]], generation)[0]
-    if json_:
-        print_json({"model": found.name, **answer.model_dump()})
-        return
-    print(answer.answer)
-    if answer.hit_limit:
-        print(f"(cut at {max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.base_models import ModelType
 from configs.errors import UserError
 from configs.settings import load_settings
 from flows.printing import print_fields, print_json, print_table
@@ -54,6 +55,7 @@ def add(
     path: Annotated[Path | None, typer.Option(help="Local folder with config.json and safetensors.")] = None,
     hub: Annotated[str | None, typer.Option(help="Hub id OWNER/NAME.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    type_: Annotated[ModelType, typer.Option("--type", help="What it is.")] = "chat",
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file that replaces the model's template.")] = None,
     title: Annotated[str | None, typer.Option(help="Title.")] = None,
     description: Annotated[str, typer.Option(help="Description.")] = "",
@@ -72,6 +74,7 @@ def add(
         entry = BaseModelEntry(
             name=name,
             title=title or name,
+            type=type_,
             path=path,
             hub=hub,
             revision=revision,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from configs.scoring import DEFAULT_CONFIDENCE
-from flows.printing import print_differences, print_json, print_mean_scores, print_warning
+from flows.cli_inference import MethodOption, with_method
+from flows.printing import print_differences, print_json, print_mean_scores, print_table, print_warning
+
+if TYPE_CHECKING:
+    from configs.datasets import DatasetVersion
+    from configs.records import ModelRecord
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 By = Annotated[
@@ -63,6 +68,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     by: By = [],  # noqa: B006 - typer reads the default, nobody changes it
     stop_words: StopWords = None,
+    method: MethodOption = None,
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Ask the model as well how likely it finds the references.")
     ] = False,
@@ -71,17 +77,23 @@ def evaluate(
     """Score a model's answers to the rows of a dataset; recorded in MLflow."""
     from flows import cli_models, cli_trains
 
-    found = cli_models.find(model)
+    found = with_method(cli_models.find(model), method)
     from configs.datasets import Columns, Wanted
     from configs.scoring import ScoringOptions
+    from methods.registry import find_method
     from tasks.datasets import resolve_dataset
     from tasks.evaluation import evaluate_and_record
     from tasks.inference import Generation
+    from tasks.measuring import TEXT_KINDS
 
-    columns, wanted = Columns(prompt=prompt_column, completion=completion_column), Wanted("evaluation", ("chat",))
+    columns = Columns(prompt=prompt_column, completion=completion_column)
+    wanted = Wanted(f"the evaluation of {found.name}", find_method(found.method).evaluated_kinds)
     version = resolve_dataset(dataset, columns, wanted=wanted)
     options = ScoringOptions(stop_words=stop_words, by=tuple(by))
     cli_trains.embedded()
+    if version.kind not in TEXT_KINDS:
+        _measure(found, version, samples, json_)
+        return
     with cli_trains.terminal_line("evaluating") as follow:
         generation = Generation(max_new_tokens=max_new_tokens)
         outcome = evaluate_and_record(found, version, generation, samples, follow, options, perplexity=perplexity)
@@ -95,3 +107,19 @@ def evaluate(
     if outcome.perplexity is not None:
         print(f"perplexity of the references: {outcome.perplexity:.3f}")
     print(f"rows of {outcome.dataset}")
+
+
+def _measure(model: ModelRecord, version: DatasetVersion, samples: int, json_: bool) -> None:
+    """Print the figures of a model that gives no text answers to such rows."""
+    from configs.scoring import figure_title
+    from flows import cli_trains
+    from tasks.measuring import measure_and_record
+
+    with cli_trains.terminal_line("evaluating") as follow:
+        outcome = measure_and_record(model, version, samples, follow)
+    if json_:
+        print_json(outcome.model_dump())
+        return
+    rows = [(figure_title(name), value) for name, value in outcome.figures.items()]
+    print_table(("Figure", outcome.model), rows, "nothing was measured")
+    print(f"{outcome.rows} rows of {outcome.dataset}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.errors import UserError
-from configs.scoring import SCORE_TITLES
+from configs.scoring import are_scores_of_answers, figure_title
 from configs.settings import load_settings
 from flows.printing import print_fields, print_json, print_scores, print_table, print_warning, print_wrapped
 
@@ -194,12 +194,11 @@ def show_outcome(record: TrainRecord) -> None:
 
 def print_evaluation(base: Mapping[str, float] | None, tuned: Mapping[str, float]) -> None:
     """Print the scores of answers, or the figures of a method whose models give no text, before and after."""
-    own = [name for name in tuned if name not in SCORE_TITLES]
-    if len(own) < len(tuned):
+    if are_scores_of_answers(tuned):
         print_scores(base, tuned, ("Base", "Fine-tuned"))
-    if own:
-        rows = [(name, base.get(name) if base else None, tuned[name]) for name in own]
-        print_table(("Figure", "Base", "Fine-tuned"), rows, "nothing was measured")
+        return
+    rows = [(figure_title(name), base.get(name) if base else None, value) for name, value in tuned.items()]
+    print_table(("Figure", "Base", "Fine-tuned"), rows, "nothing was measured")
 
 
 @contextmanager

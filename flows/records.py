@@ -10,7 +10,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
-from configs.base_models import BaseModelEntry
+from configs.base_models import BaseModelEntry, ModelType
 from configs.datasets import Columns, RequestedShape
 from configs.endpoints import Endpoint
 from configs.errors import UserError
@@ -51,6 +51,7 @@ def register_base_model(
     name: str,
     path: str | None = None,
     hub: str | None = None,
+    type: ModelType = "chat",
     revision: str | None = None,
     title: str | None = None,
     description: str = "",
@@ -65,6 +66,7 @@ def register_base_model(
         title=title or name,
         path=folder,
         hub=hub,
+        type=type,
         revision=revision,
         description=description,
         license=license,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from configs.base_models import ModelType
 from configs.datasets import KINDS_OF_TYPE, Kind
 from configs.endpoints import Target
 from configs.environments import ENVIRONMENT_NAME
@@ -67,7 +68,7 @@ class Method(BaseModel):
 
     name: str = Field(pattern=NAME_PATTERN)
     description: str = Field(min_length=1, max_length=500)
-    types: list[Literal["chat", "embedding", "vision-language", "image-generation"]] = Field(min_length=1)
+    types: list[ModelType] = Field(min_length=1)
     lifecycle: list[Literal["customized", "complete", "deployed"]] = Field(min_length=1)
     datasets: list[Kind] = Field(
         default_factory=list, description="Kinds of rows that it trains on. Left out: those of its types."

@@ -5,19 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
-from configs.endpoints import Endpoint, Probe, Quantization, Target
+from configs.endpoints import Endpoint, Probe, Quantization, RequestProbe, Target
 from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
-from tasks.inference import Generation, answer_prompts
+from tasks.inference import Generation, answer_prompts, answer_requests
+from tasks.serving_requests import predicted
 from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
 _PROBES_FILE = "probes.json"
+_PROBE_SEED = 42
+_UNTRAINED_REQUESTS: dict[str, list[dict[str, Any]]] = {
+    "embedding": [{"texts": ["What is the capital of France?", "A boat on the sea"]}],
+    "image-generation": [{"caption": "a boat on the sea"}],
+}
 _UNTRAINED_PROBES: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [{"role": "user", "content": "Write one sentence about the sea."}],
@@ -60,6 +68,7 @@ def deploy_model(
         quantization=cast(Quantization | None, quantization),
         python=python,
         program=program,
+        base_path=model.base_path if model.adapter else None,
         port=port,
         dtype=model.dtype,
     )
@@ -86,13 +95,19 @@ def endpoint_name(line: str) -> str:
     return name or f"line-{hashlib.sha256(line.encode()).hexdigest()[:8]}"
 
 
-def collect_probes(model: ModelRecord, on_events: Callable[[list[dict[str, Any]]], None]) -> list[Probe]:
-    """Prompts with the token ids of training and the model's own greedy answers.
+def collect_probes(
+    model: ModelRecord, on_events: Callable[[list[dict[str, Any]]], None]
+) -> list[Probe] | list[RequestProbe]:
+    """Prompts with the token ids of training and the model's own greedy answers; requests if it does not chat.
 
-    A base model was not trained here: its probes are general prompts, rendered by its own inference stage.
+    A base model was not trained here: its probes are general ones, answered by its own inference stage.
     """
     file = model.path / _PROBES_FILE
     stored = json.loads(file.read_text(encoding="utf-8"))["probes"] if file.exists() else []
+    of_type = _UNTRAINED_REQUESTS.get(find_method(model.method).types[0])
+    if of_type is not None or any("request" in probe for probe in stored):
+        requests = [probe["request"] for probe in stored if "request" in probe] or of_type or []
+        return _request_probes(model, requests, on_events)
     conversations = [probe["messages"] for probe in stored] or _UNTRAINED_PROBES
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
     generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1)
@@ -102,6 +117,19 @@ def collect_probes(model: ModelRecord, on_events: Callable[[list[dict[str, Any]]
         Probe(messages=messages, prompt_token_ids=tokens, answer=answer.answer, max_new_tokens=PROBE_TOKENS)
         for messages, tokens, answer in zip(conversations, ids, answers, strict=True)
     ]
+
+
+def _request_probes(
+    model: ModelRecord, requests: list[dict[str, Any]], on_events: Callable[[list[dict[str, Any]]], None]
+) -> list[RequestProbe]:
+    """Requests with what the model's own inference stage makes of them; a picture's with the seed it is made with."""
+    asked = [{"seed": _PROBE_SEED, **each} if "caption" in each else each for each in requests]
+    with tempfile.TemporaryDirectory() as folder:
+        found = answer_requests(model, asked, Generation(seed=_PROBE_SEED), on_events, Path(folder))
+        return [
+            RequestProbe(request=request, prediction=predicted(each))
+            for request, each in zip(asked, found, strict=True)
+        ]
 
 
 def roll_back(endpoint: str, to: str | None = None) -> Endpoint:

@@ -35,6 +35,7 @@ from configs.endpoints import (
     ModelName,
     Probe,
     Quantization,
+    RequestProbe,
     Target,
 )
 from configs.errors import UserError
@@ -50,6 +51,7 @@ from tasks.model_server import (
     stop_started,
 )
 from tasks.serving_checks import verify_answers, verify_prompts
+from tasks.serving_requests import verify_requests
 from tasks.targets import TARGETS, TargetFile
 
 _LOCK_TIMEOUT = 600.0
@@ -65,12 +67,13 @@ def deploy(
     model_name: str,
     model_path: str | Path,
     *,
-    probes: Sequence[Probe],
+    probes: Sequence[Probe] | Sequence[RequestProbe],
     target: Target = "transformers",
     quantization: Quantization | None = None,
     settings: Settings | None = None,
     python: str | Path | None = None,
     program: Path | None = None,
+    base_path: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     host: str | None = None,
@@ -82,8 +85,9 @@ def deploy(
     `model_path` is a self-contained Hugging Face folder, or an adapter folder whose base is a folder on this
     host. Each probe's prompt tokens are compared with what the server renders, and its answer with the
     server's greedy answer (not after quantising here, which changes answers). `python` is the interpreter of the
-    targets transformers and custom, `program` the deploying file of the target custom. `host` and `port` are those of
-    the endpoint's address; an API key is taken from the environment variable TUNELINE_ENDPOINT_KEY, so that
+    targets transformers and custom, `program` the deploying file of the target custom and `base_path` the base model of
+    an adapter for it. Models that do not chat are proved by the answers to requests. `host` and `port` are those of the
+    endpoint's address; an API key is taken from the environment variable TUNELINE_ENDPOINT_KEY, so that
     it is stored nowhere in clear. `start_timeout` is in seconds. Raises UserError; the deployment that was
     current then stays up and current.
     """
@@ -93,7 +97,7 @@ def deploy(
     with _working_on(endpoint, settings, create=True) as work:
         _set_address(work, host, port, key)
         deployment = _new_deployment(
-            work, model_name, model_path, target, quantization, _interpreter(python), program, device, dtype
+            work, model_name, model_path, target, quantization, _interpreter(python), program, base_path, device, dtype
         )
         work.endpoint.deployments.append(deployment)
         _bring_up(work, deployment, probes=probes, key=key, start_timeout=start_timeout)
@@ -227,7 +231,7 @@ def _bring_up(
     deployment: Deployment,
     *,
     start_timeout: float,
-    probes: Sequence[Probe] = (),
+    probes: Sequence[Probe] | Sequence[RequestProbe] = (),
     key: str | None = None,
 ) -> None:
     """Start the deployment's server, verify it, switch to it, then stop the one before."""
@@ -236,12 +240,16 @@ def _bring_up(
     target = TARGETS[deployment.target]
     try:
         served = target.prepare(work, deployment)
-        rendered = _start(work, deployment, target, served, probes, start_timeout)
-        if probes:
+        chats = [probe for probe in probes if isinstance(probe, Probe)]
+        requests = [probe for probe in probes if isinstance(probe, RequestProbe)]
+        rendered = _start(work, deployment, target, served, chats, start_timeout)
+        if chats:
             if rendered is not None:
-                verify_prompts(probes, rendered)
+                verify_prompts(chats, rendered)
             known = rendered is not None
-            deployment.verification = verify_answers(deployment, probes, start_timeout, tokens_known=known)
+            deployment.verification = verify_answers(deployment, chats, start_timeout, tokens_known=known)
+        if requests:
+            deployment.verification = verify_requests(deployment, requests, start_timeout)
         start_gateway(work)
         _switch(work, deployment, key)
     except BaseException as error:
@@ -361,6 +369,7 @@ def _new_deployment(
     quantization: Quantization | None,
     python: Path,
     program: Path | None,
+    base_path: Path | None,
     device: str,
     dtype: str,
 ) -> Deployment:
@@ -388,6 +397,7 @@ def _new_deployment(
         quantization=quantization,
         python=python,
         program=program,
+        base_path=base_path,
         device=device,
         dtype=dtype,
         log=work.folder / "deployments" / model / "server.log",

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from configs.datasets import DatasetVersion, Kind
 from configs.records import ModelRecord, TrainStatus
+from configs.scoring import SCORE_TITLES
 from tasks import tracking
 from tasks.inference import Generation, measure_rows
 from tasks.models import logged_model_id
@@ -25,7 +26,7 @@ TEXT_KINDS: tuple[Kind, ...] = ("chat", "chat_tools", "vision")
 
 
 class Measurement(BaseModel):
-    """The figures of one model on one dataset version."""
+    """The figures of one model on one dataset version; what has the name of a score of answers is in percent too."""
 
     model: str
     dataset: str
@@ -44,12 +45,15 @@ def measure(
     Raises UserError, StageFailed, StageCancelled.
     """
     if samples == -1 or samples >= version.rows:
-        figures = measure_rows(model, version.path, Generation(), on_events)
-        return Measurement(model=model.name, dataset=version.reference, rows=version.rows, figures=figures)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
-        rows.write_text("".join(_first_rows(version.path, samples)), encoding="utf-8")
-        figures = measure_rows(model, rows, Generation(), on_events)
+        found = measure_rows(model, version.path, Generation(), on_events)
+        samples = version.rows
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.jsonl"
+            rows.write_text("".join(_first_rows(version.path, samples)), encoding="utf-8")
+            found = measure_rows(model, rows, Generation(), on_events)
+    # A stage tells shares, 0 to 1; an accuracy stands in one column with those of answers.
+    figures = {name: 100 * value if name in SCORE_TITLES else value for name, value in found.items()}
     return Measurement(model=model.name, dataset=version.reference, rows=samples, figures=figures)
 
 

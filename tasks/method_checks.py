@@ -385,6 +385,7 @@ class _Kit:
             target="custom",
             python=self.method.stage_python("deploying"),
             program=self.method.stage_file("deploying"),
+            base_path=model.base_path if model.adapter else None,
             dtype=model.dtype,
             settings=settings,
         )

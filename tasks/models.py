@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from configs.base_models import find_base_model, load_base_models
+from configs.base_models import ModelType, find_base_model, load_base_models
 from configs.errors import UserError
 from configs.records import ModelRecord
 from configs.scoring import SCORE_TITLES
@@ -18,6 +18,13 @@ from tasks.files import read_record, write_record
 from tasks.tracking import code_version, experiment_id, mlflow_client
 
 RECORD_FILE = "tuneline.json"
+_METHOD_OF_TYPE: dict[ModelType, str] = {
+    "chat": "sft",
+    "embedding": "embedding",
+    "vision-language": "vision-language",
+    "image-generation": "image-generation",
+}
+"""The built-in method whose inference stage asks a base model of each type."""
 
 
 def publish_model(record: ModelRecord, product: Path) -> ModelRecord:
@@ -266,7 +273,10 @@ def base_record(reference: str, settings: Settings) -> ModelRecord:
 
     entry = find_base_model(reference, settings)
     path = fetch_base_model(entry, settings)
-    return ModelRecord(name=entry.name, stage="base", path=path, line=entry.name, base=entry.name, base_path=path)
+    method = _METHOD_OF_TYPE[entry.type]
+    return ModelRecord(
+        name=entry.name, stage="base", path=path, line=entry.name, base=entry.name, base_path=path, method=method
+    )
 
 
 def aliases_by_model() -> dict[str, list[str]]:

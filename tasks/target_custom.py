@@ -2,9 +2,11 @@
 
 The contract: `PYTHON deploying.py JOB_DIR` with `job.json` in that folder (`methods.contract.Job` reads it). Its
 `inputs` hold `name` (what requests call the model), `host` and `port` to listen on, and `model`, or `adapter` and
-`base_model`; its `parameters` `dtype` and `device`. It answers `GET /health` with 200 once it can answer
-`POST /v1/chat/completions` as OpenAI's API does, and ends on SIGTERM. With `POST /tokenize` (`messages` in, `tokens`
-out) its prompts are compared token by token as well.
+`base_model`; its `parameters` `dtype` and `device`. It answers `GET /health` with 200 once it can answer requests as
+OpenAI's API does, and ends on SIGTERM: `POST /v1/chat/completions`, or for models that do not chat
+`POST /v1/embeddings` or `POST /v1/images/generations` (`prompt`, `seed`, `response_format: b64_json`, and whatever
+else the request of its probe holds). With `POST /tokenize` (`messages` in, `tokens` out) the prompts of a chat are
+compared token by token as well.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from configs.endpoints import Deployment, Probe
 from configs.errors import UserError
 from tasks.http_backends import offers, posted_tokens
-from tasks.model_folders import base_of_adapter, check_model_folder, is_adapter
+from tasks.model_folders import base_of_adapter, is_adapter
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
 from tasks.stages import StageJob, prepare_folder, stage_environment
 
@@ -30,7 +32,8 @@ def ready() -> str | None:
 
 def check(deployment: Deployment) -> None:
     """Refuse what cannot be served, before anything is started. Raises UserError."""
-    check_model_folder(deployment.model_path)
+    if not deployment.model_path.is_dir() or not any(deployment.model_path.iterdir()):
+        raise UserError("there is no model folder here", file=deployment.model_path)
     if deployment.program is None or not deployment.program.is_file():
         raise UserError(
             "the method of this model has no deploying file",
@@ -93,8 +96,10 @@ def environment() -> dict[str, str]:
 
 def job(deployment: Deployment, served: Path) -> StageJob:
     """What the deploying file is asked to do."""
-    path = deployment.model_path
-    weights = {"adapter": str(path), "base_model": str(base_of_adapter(path))} if is_adapter(path) else None
+    path, base = deployment.model_path, deployment.base_path
+    if base is None and is_adapter(path):
+        base = base_of_adapter(path)
+    weights = {"adapter": str(path), "base_model": str(base)} if base is not None else {"model": str(path)}
     return StageJob(
         stage="deploying",
         parameters={"dtype": deployment.dtype, "device": deployment.device},
@@ -102,7 +107,7 @@ def job(deployment: Deployment, served: Path) -> StageJob:
             "name": deployment.model,
             "host": "127.0.0.1",
             "port": deployment.port,
-            **(weights or {"model": str(path)}),
+            **weights,
         },
         output=served / "output",
         seed=0,

@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.records import TrainRecord, TrainStatus
 from configs.resolve import DEFAULT, ResolvedTrain, describe
-from configs.scoring import DEFAULT_CONFIDENCE, SCORE_TITLES, PairedDifference
+from configs.scoring import DEFAULT_CONFIDENCE, SCORE_TITLES, PairedDifference, are_scores_of_answers, figure_title
 from methods import contract
 from tasks.evaluation import Evaluation
 from tasks.files import last_lines, read_record
@@ -130,7 +130,7 @@ _WHICH = {"base": "Before (base model)", "tuned": "After (fine-tuned)"}
 
 def _scores(evaluation: Mapping[str, Mapping[str, float]], found: Mapping[str, Evaluation]) -> str:
     """Percent, before and after, with the interval of the change where the answers to the rows are kept."""
-    if not evaluation:
+    if not any(map(are_scores_of_answers, evaluation.values())):
         return ""
     which = [each for each in _WHICH if each in evaluation]
     both = len(which) == len(_WHICH)
@@ -143,14 +143,15 @@ def _scores(evaluation: Mapping[str, Mapping[str, float]], found: Mapping[str, E
             rows.append((title, *(f"{value:.2f}" for value in values), *change))
     columns = ("Score in percent", *(_WHICH[each] for each in which), *(["Change"] if both else []))
     computed = next((f"\n\n{_text(computed_with(each.scores))}" for each in found.values()), "")
-    return _table(columns, rows) + computed if rows else ""
+    return _table(columns, rows) + computed
 
 
 def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
     """The method's own figures, before and after."""
     base, tuned = evaluation.get("base", {}), evaluation.get("tuned", {})
-    names = [name for name in {**base, **tuned} if name not in SCORE_TITLES]
-    rows = [(_text(name), *(f"{each[name]:.4g}" if name in each else "" for each in (base, tuned))) for name in names]
+    names = [] if any(map(are_scores_of_answers, (base, tuned))) else list({**base, **tuned})
+    shown = {name: [f"{each[name]:.4g}" if name in each else "" for each in (base, tuned)] for name in names}
+    rows = [(_text(figure_title(name)), *values) for name, values in shown.items()]
     return _table(("Figure", *_WHICH.values()), rows) if rows else ""
 
 

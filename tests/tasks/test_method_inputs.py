@@ -37,7 +37,7 @@ def main(job):
     assert all("chosen" in json.loads(row) for row in rows)
     weights = job.inputs.get("adapter") or job.inputs["model"]
     tuned = (Path(weights) / "adapter_config.json").exists()
-    return {"figures": {"accuracy_of_pairs": len(rows) / 4, "margin": 0.25 if tuned else -0.125}}
+    return {"figures": {"accuracy": len(rows) / 4, "margin": 0.25 if tuned else -0.125}}
 
 if __name__ == "__main__":
     contract.run(main)
@@ -155,8 +155,8 @@ def test_rows_that_ask_for_no_text_are_measured_by_the_method(bench: Bench, caps
     record = trains.evaluate_model(record, trains.base_as_model(record), "base", lambda events: None)
     model = trains.register_customized(record)
     record = trains.evaluate_model(record, model, "tuned", lambda events: None)
-    assert record.evaluation["base"] == {"accuracy_of_pairs": 0.5, "margin": -0.125}
-    assert record.evaluation["tuned"] == {"accuracy_of_pairs": 0.5, "margin": 0.25}
+    assert record.evaluation["base"] == {"accuracy": 50.0, "margin": -0.125}
+    assert record.evaluation["tuned"] == {"accuracy": 50.0, "margin": 0.25}
     metrics = tracking.mlflow_client().get_run(record.run_id).data.metrics
     assert (metrics["margin_base"], metrics["margin_tuned"]) == (-0.125, 0.25)
     assert models.find_model(model.name).evaluation == record.evaluation["tuned"]
