@@ -391,7 +391,10 @@ class _Kit:
         )
         endpoints.undeploy("check", settings=settings)
         proof = served.deployments[-1].verification
-        return f"{proof.answers_checked if proof is not None else 0} answers the same"
+        if proof is None:
+            raise _Wrong("it was not asked anything")
+        figures = "".join(f", {name} {value:.6g}" for name, value in proof.figures.items())
+        return f"{proof.answers_checked} answers the same{figures}"
 
     # --- what else the contract asks ------------------------------------------------------------------------
 
