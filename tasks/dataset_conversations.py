@@ -283,7 +283,7 @@ def pangu_prompt(turn: dict[str, object], system: str, field: str) -> list[Turn]
         return [*system_turns(turn, system), Turn("user", text(context, field), field)]
     said = [text(item, f"{field}[{index}]") for index, item in enumerate(context)]
     if len(said) % 2 == 0:
-        raise wrong_type(field, context, "a list that ends with the question: question, answer, …, question")
+        raise wrong_type(field, context, "a list of questions and answers that ends with a question")
     roles = ("user", "assistant")
     told = [Turn(roles[index % 2], item, f"{field}[{index}]") for index, item in enumerate(said)]
     return [*system_turns(turn, system), *told]
@@ -344,7 +344,7 @@ def _calls(value: object, field: str) -> list[dict[str, Any]]:
 def _call(call: object, field: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise wrong_type(field, call, "a call: an object with name and arguments")
+        raise wrong_type(field, call, "a call with a name and its arguments")
     arguments = parse_cell(function.get("arguments", {}))
     if not isinstance(arguments, dict):
         raise wrong_type(f"{field}.arguments", arguments, "an object of arguments, or one as JSON text")

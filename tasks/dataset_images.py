@@ -52,7 +52,8 @@ class ImageFolder:
 
     def _find(self, reference: str, field: str) -> Path:
         if "://" in reference or reference.startswith("data:"):
-            raise _refused("image_not_a_file", field, excerpt(reference), "the path of a file beside the rows")
+            found = f"{excerpt(reference)} is an address, and nothing is fetched"
+            raise _refused("image_not_a_file", field, found, "the path of a file beside the rows")
         given = Path(reference)
         names = [given, Path(IMAGES_FOLDER) / given]
         if not given.suffix:
@@ -64,7 +65,8 @@ class ImageFolder:
             except (OSError, ValueError):  # a name too long, or with a NUL
                 continue
             if not path.is_relative_to(self._root):
-                raise _refused("image_outside", field, excerpt(reference), "a path inside the folder of the dataset")
+                found_outside = f"{excerpt(reference)} lies outside"
+                raise _refused("image_outside", field, found_outside, "a path inside the folder of the dataset")
             if found:
                 return path
         raise _refused("image_missing", field, f"no file {excerpt(reference)}", "the path of an image file")

@@ -182,7 +182,7 @@ def pangu_ranking_body(row: dict[str, object]) -> dict[str, Any]:
     """Pangu's ranked rows: `targets` holds 2 to 6 answers, the best first; the scores count down to 0."""
     targets = listed(row["targets"], "targets", "a list of answers, the best first")
     if len(targets) > _MOST_TARGETS:
-        raise wrong_type("targets", targets, f"2 to {_MOST_TARGETS} answers")
+        raise wrong_type("targets", targets, f"a list of 2 to {_MOST_TARGETS} answers")
     found = [
         Turn("assistant", text(target, f"targets[{index}]"), f"targets[{index}]")
         for index, target in enumerate(targets)
@@ -196,11 +196,11 @@ def _ranking(
 ) -> dict[str, Any]:
     require_prompt(prompt)
     if len(answers) < 2:
-        raise wrong_type(answers_field, [answer.content for answer in answers], "two answers at least")
+        raise wrong_type(answers_field, [answer.content for answer in answers], "a list of 2 answers or more")
     if len(scores) != len(answers):
         raise RowRefusedError(
             "wrong_number_of_scores",
-            f"there are {len(answers)} answers and {len(scores)} scores",
+            f"there are {len(answers)} answers, but the list of scores has {len(scores)}",
             field=scores_field,
             found=describe(scores),
             expected=f"{len(answers)} numbers",

@@ -153,21 +153,21 @@ def _inspect(path: Path, file: BinaryIO) -> FileLayout:
         start = len(codecs.BOM_UTF8)
         notes.append("starts with a UTF-8 byte-order mark, which was skipped")
     file.seek(start)
-    first = _first_character(file)
+    first = _first_bytes(file)
     if not first:
         raise UserError("the dataset file holds only blank lines", file=path, expected="at least one row")
     suffix = path.suffix.lower()
-    if first == b"[" and _lists_by_line(file, start):
+    if first.startswith(b"[") and _lists_by_line(file, start):
         return FileLayout("jsonl", start, (*notes, "each line is a list of turns, read as one row"), lists=True)
-    if first == b"[":
+    if first.startswith(b"["):
         if suffix in (".jsonl", ".ndjson"):
             notes.append(f"named {suffix} but holds one JSON array, read as such")
         return FileLayout("json", start, tuple(notes))
-    if first != b"{" and suffix not in (".jsonl", ".ndjson"):
+    if not first.startswith(b"{") and suffix not in (".jsonl", ".ndjson"):
         raise UserError(
-            f"the content is not JSON: it starts with {describe(first.decode('latin-1'))}",
+            f"the content is not JSON: it starts with {describe(first.decode(errors='replace')[:1])}",
             file=path,
-            expected="JSON Lines (each line an object) or a JSON array of objects",
+            expected="JSON Lines (each line an object) or a JSON array of objects; tables are known by their suffix",
             mend=_TO_JSONL,
         )
     return FileLayout("jsonl", start, tuple(notes))
@@ -190,10 +190,11 @@ def refuse_wide_encodings(path: Path, head: bytes) -> None:
         )
 
 
-def _first_character(file: BinaryIO) -> bytes:
+def _first_bytes(file: BinaryIO) -> bytes:
+    """The bytes of the first character that is no white space."""
     while chunk := file.read(CHUNK_BYTES):
         if text := chunk.lstrip():
-            return text[:1]
+            return text[:4]
     return b""
 
 

@@ -315,6 +315,7 @@ def _ambiguous(source: Source, item: ParsedRow, candidates: list[RowLayout]) -> 
         f"the rows can be read in more than one way: {shapes}",
         file=source.name,
         line=item.line,
+        field=", ".join(dict.fromkeys(name for layout in candidates for name in layout.names)),
         expected="one clear shape",
         mend="name the prompt and the completion column, or the shape",
     )
@@ -347,7 +348,7 @@ def _unrecognised(source: Source, item: ParsedRow, columns: Columns, shape: Requ
         problem,
         file=source.name,
         line=item.line,
-        field=missing[0] if missing else None,
+        field=missing[0] if missing else listing(there, 5),
         expected=expected,
         mend=mend,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import stat
 import tarfile
 import tempfile
@@ -82,7 +83,7 @@ def _folder_source(folder: Path, name: str, top: Path) -> Source:
             f"there are {len(chosen)} files of rows: {', '.join(item.name for item in chosen[:10])}",
             file=folder,
             expected="one file of rows, or one named metadata",
-            mend="name the file, or keep one",
+            mend="name the file that is meant, or keep one",
         )
     if chosen:
         return Source(chosen[0], folder, f"{name}{chosen[0].relative_to(top)}", inspect_file(chosen[0]))
@@ -165,7 +166,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             _unpack_zip(archive, folder, budget)
         else:
             _unpack_tar(archive, folder, budget)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, gzip.BadGzipFile) as error:
         raise UserError(f"the archive is damaged: {error}", file=archive, mend="pack it again") from error
     except OSError as error:
         raise UserError(
@@ -209,7 +210,18 @@ def _unpack_zip(archive: Path, folder: Path, budget: _Budget) -> None:
             _require(archive, item.filename, not stat.S_ISLNK(item.external_attr >> 16), "is a link")
             _require(archive, item.filename, not item.flag_bits & 1, "needs a password")
             with packed.open(item) as source:
-                _copy(source, _inside(archive, folder, item.filename), budget)
+                _copy(source, _inside(archive, folder, _zip_name(item)), budget)
+
+
+def _zip_name(item: zipfile.ZipInfo) -> str:
+    """The name of a file; without the mark for UTF-8 it is in the encoding of who packed it, in China GBK."""
+    if item.flag_bits & 0x800 or item.filename.isascii():
+        return item.filename
+    raw = item.filename.encode("cp437")
+    for encoding in ("utf-8", "gb18030"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return raw.decode(encoding)
+    return item.filename
 
 
 def _unpack_tar(archive: Path, folder: Path, budget: _Budget) -> None:

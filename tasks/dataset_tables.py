@@ -9,6 +9,7 @@ import csv
 import itertools
 import math
 import zipfile
+import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime, time
@@ -29,9 +30,12 @@ from tasks.dataset_reading import (
 )
 
 MAX_SHARED_STRINGS = 200 * 1024 * 1024
+MAX_EXCEL_ROWS = 1_048_576  # the format has no more; rows that a damaged file skips are read as blank ones
 MAX_SHEET_BYTES = 4 * 1024 * 1024 * 1024
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _PARQUET_ROWS = 256
+# What reading a zip archive of XML raises where it is none; SyntaxError: of the XML.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, SyntaxError)
 _EXCEL_ERRORS = ("#N/A", "#REF!", "#NAME?", "#VALUE!", "#DIV/0!", "#NUM!", "#NULL!")
 
 
@@ -215,8 +219,11 @@ def _csv_problem(detail: str, line: int, row: int) -> Problem:
 
 def _inspect_excel(path: Path) -> FileLayout:
     with _workbook(path) as book:
-        sheet = book.worksheets[0]
-        header = next(sheet.iter_rows(values_only=True), ())
+        sheet = _first_sheet(book)
+        try:
+            header = next(sheet.iter_rows(values_only=True), ())
+        except _DAMAGED as error:
+            raise _damaged_excel(path, error) from error
         others = [other.title for other in book.worksheets[1:]]
     names = [_excel_text(cell).strip() for cell in header]
     while names and not names[-1]:
@@ -247,16 +254,24 @@ class _workbook:  # noqa: N801 (reads as a function)
             _refuse_huge_parts(self._path)
             # data_only: what a formula gave when the file was saved, not its text.
             self._book = openpyxl.load_workbook(self._path, read_only=True, data_only=True)
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError) as error:
-            raise UserError(
-                f"this is no Excel file, or a damaged one: {error}", file=self._path, mend="save it again, or as CSV"
-            ) from error
+        except (*_DAMAGED, AttributeError, TypeError) as error:
+            raise _damaged_excel(self._path, error) from error
         if not self._book.worksheets:
             raise UserError("the Excel file has no sheet", file=self._path, expected="a sheet of rows")
         return self._book
 
     def __exit__(self, *exception: object) -> None:
         self._book.close()
+
+
+def _first_sheet(book: Any) -> Any:
+    sheet = book.worksheets[0]
+    sheet.reset_dimensions()  # some programs write a wrong one, and columns past it would be left out
+    return sheet
+
+
+def _damaged_excel(path: Path, error: Exception) -> UserError:
+    return UserError(f"this is no Excel file, or a damaged one: {error}", file=path, mend="save it again, or as CSV")
 
 
 def _refuse_huge_parts(path: Path) -> None:
@@ -275,9 +290,11 @@ def _refuse_huge_parts(path: Path) -> None:
 
 def _read_excel(path: Path, layout: FileLayout) -> Iterator[ParsedRow | Problem]:
     with _workbook(path) as book:
-        rows = book.worksheets[0].iter_rows(values_only=True)
         row = 0
-        for line, cells in enumerate(rows, 1):
+        for line, cells in enumerate(_excel_cells(book), 1):
+            if isinstance(cells, Exception) or line > MAX_EXCEL_ROWS:
+                yield _damage("Excel", str(cells) or "too many rows", line, row + 1)
+                return
             if line == 1:
                 continue
             texts = [_excel_text(cell) for cell in cells]
@@ -286,6 +303,27 @@ def _read_excel(path: Path, layout: FileLayout) -> Iterator[ParsedRow | Problem]
                 continue
             row += 1
             yield _excel_row(texts, layout.header, line, row)
+
+
+def _excel_cells(book: Any) -> Iterator[tuple[object, ...] | Exception]:
+    """The cells of each row; an exception, as the last one, where the file is damaged."""
+    try:
+        yield from _first_sheet(book).iter_rows(values_only=True)
+    except _DAMAGED as error:
+        yield error
+
+
+def _damage(name: str, detail: str, line: int | None, row: int) -> Problem:
+    return Problem(
+        kind="damaged_file",
+        level="fatal",
+        line=line,
+        row=row,
+        found=detail[:200],
+        expected=f"a whole {name} file",
+        message=f"the {name} file is damaged there: {detail[:200]}",
+        mend="write it again",
+    )
 
 
 def _excel_row(texts: list[str], header: tuple[str, ...], line: int, row: int) -> ParsedRow | Problem:
@@ -344,7 +382,7 @@ def _parquet(path: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path, buffer_size=1024 * 1024, pre_buffer=False)
+        return parquet.ParquetFile(path, buffer_size=1024 * 1024, pre_buffer=False, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"this is no Parquet file, or a damaged one: {str(error)[:200]}", file=path, mend="write it again"
@@ -361,12 +399,4 @@ def _read_parquet(path: Path) -> Iterator[ParsedRow | Problem]:
                 row += 1
                 yield ParsedRow(value, None, row, row)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Problem(
-            kind="damaged_file",
-            level="fatal",
-            row=row + 1,
-            found=str(error)[:200],
-            expected="a whole Parquet file",
-            message=f"the Parquet file is damaged there: {str(error)[:200]}",
-            mend="write it again",
-        )
+        yield _damage("Parquet", str(error), None, row + 1)

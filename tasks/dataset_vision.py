@@ -81,10 +81,10 @@ def _body(turns: list[Turn], taken: list[str], field: str) -> dict[str, Any]:
     if not taken or (marks and marks != len(taken)):
         raise RowRefusedError(
             "wrong_number_of_images",
-            f"the messages have {marks} places for images and the row has {len(taken)} images",
+            f"the messages have {marks} places for images, and the row has {len(taken)}",
             field=field,
-            found=f"{len(taken)} images",
-            expected=f"{marks or 'one or more'} images",
+            found=f"a list of {len(taken)}",
+            expected=f"a list of {marks or '1 or more'}",
             mend=f"write {IMAGE_MARK} where each image stands, or nowhere",
         )
     if not marks:
