@@ -52,11 +52,11 @@ class ImageFolder:
 
     def _find(self, reference: str, field: str) -> Path:
         if "://" in reference or reference.startswith("data:"):
-            found = f"{excerpt(reference)} is an address, and nothing is fetched"
-            raise _refused("image_not_a_file", field, found, "the path of a file beside the rows")
+            what = f"{excerpt(reference)} is an address, and nothing is fetched"
+            raise _refused("image_not_a_file", field, what, "the path of a file beside the rows")
         given = Path(reference)
         names = [given, Path(IMAGES_FOLDER) / given]
-        if not given.suffix:
+        if given.suffix.lower() not in FILE_SUFFIXES:
             names += [name.with_name(name.name + suffix) for name in names for suffix in FILE_SUFFIXES]
         for name in names:
             try:
@@ -65,8 +65,8 @@ class ImageFolder:
             except (OSError, ValueError):  # a name too long, or with a NUL
                 continue
             if not path.is_relative_to(self._root):
-                found_outside = f"{excerpt(reference)} lies outside"
-                raise _refused("image_outside", field, found_outside, "a path inside the folder of the dataset")
+                what = f"{excerpt(reference)} lies outside"
+                raise _refused("image_outside", field, what, "a path inside the folder of the dataset")
             if found:
                 return path
         raise _refused("image_missing", field, f"no file {excerpt(reference)}", "the path of an image file")
