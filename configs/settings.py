@@ -65,6 +65,10 @@ class Settings(BaseSettings):
         default=None,
         description="CUDA_VISIBLE_DEVICES of model servers, which hold no slot; not set: that of whoever deploys.",
     )
+    endpoint_host: str | None = Field(
+        default=None,
+        description="Address that endpoints listen on; by default 127.0.0.1. Any other needs an API key.",
+    )
     llama_cpp: Path = Field(
         default=Path("~/.cache/tuneline/llama.cpp"),
         description="Folder that llama.cpp is built into, once for all installations that share it.",

@@ -41,6 +41,7 @@ from configs.endpoints import (
 from configs.errors import UserError
 from configs.settings import Settings, load_settings
 from tasks.files import last_lines
+from tasks.gguf_files import discard_gguf
 from tasks.model_server import (
     EndpointWork,
     free_gateway_port,
@@ -86,8 +87,9 @@ def deploy(
     host. Each probe's prompt tokens are compared with what the server renders, and its answer with the
     server's greedy answer (not after quantising here, which changes answers). `python` is the interpreter of the
     targets transformers and custom, `program` the deploying file of the target custom and `base_path` the base model of
-    an adapter for it. Models that do not chat are proved by the answers to requests. `host` and `port` are those of the
-    endpoint's address; an API key is taken from the environment variable TUNELINE_ENDPOINT_KEY, so that
+    an adapter for it. Models that do not chat are proved by the answers to requests. `host` (by default that of the
+    settings) and `port` are those of the endpoint's address; an API key is taken from the environment variable
+    TUNELINE_ENDPOINT_KEY, so that
     it is stored nowhere in clear. `start_timeout` is in seconds. Raises UserError; the deployment that was
     current then stays up and current.
     """
@@ -95,7 +97,7 @@ def deploy(
         raise UserError("a deployment needs at least one probe to be verified with", field="probes")
     key = _key_of_environment()
     with _working_on(endpoint, settings, create=True) as work:
-        _set_address(work, host, port, key)
+        _set_address(work, host or (settings or load_settings()).endpoint_host, port, key)
         deployment = _new_deployment(
             work, model_name, model_path, target, quantization, _interpreter(python), program, base_path, device, dtype
         )
@@ -304,7 +306,8 @@ def _give_up(work: EndpointWork, deployment: Deployment, error: BaseException) -
     kept.process = None
     kept.server = deployment.server
     kept.failure = str(error) or type(error).__name__
-    kept.state = "failed" if kept.switched_at is None else kept.state
+    if kept.switched_at is None:
+        _fail(kept)
     if not any(each.switched_at for each in record.deployments):
         record.gateway = None  # an address is promised only once something has answered there
     elif record.gateway is not None and not is_alive(record.gateway.process):
@@ -331,10 +334,16 @@ def _sweep(work: EndpointWork) -> None:
             continue
         TARGETS[deployment.target].stop(deployment, grace=_DRAIN_SECONDS)
         if deployment.state == "starting":
-            deployment.state = "failed"
+            _fail(deployment)
             deployment.failure = "the process that deployed it ended before the switch"
     if work.record.is_file():
         work.save()
+
+
+def _fail(deployment: Deployment) -> None:
+    """Never current and never to be: nobody can go back to it, so its copy of the weights goes."""
+    deployment.state = "failed"
+    discard_gguf(deployment)
 
 
 def _earlier_deployment(endpoint: Endpoint, to: str | None) -> Deployment:

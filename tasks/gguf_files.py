@@ -20,10 +20,16 @@ _FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback quantizati
 
 
 def make_gguf(
-    work: EndpointWork, deployment: Deployment, tools: LlamaCpp, quantization: Quantization | None
+    work: EndpointWork,
+    deployment: Deployment,
+    tools: LlamaCpp,
+    quantization: Quantization | None,
+    *,
+    bfloat16: bool = True,
 ) -> tuple[Path, list[str]]:
     """The deployment's GGUF file, made unless it is there, and what one ought to know of it.
 
+    Without `bfloat16` such weights become float32, which holds each of them exactly, for who cannot read them.
     Raises UserError with the end of the log if llama.cpp does not know the architecture or the tokenizer.
     """
     folder = work.folder / "deployments" / deployment.model
@@ -32,9 +38,11 @@ def make_gguf(
         return file, deployment.notes
     folder.mkdir(parents=True, exist_ok=True)
     plain, notes = folder / "converting.gguf", []
-    _need_space(folder, deployment.model_path)
+    kind = _kind(deployment.model_path)
+    kind = "f32" if kind == "bf16" and not bfloat16 else kind
+    _need_space(folder, deployment.model_path, quantization is not None, kind)
     try:
-        _convert(work, deployment, tools, plain)
+        _convert(work, deployment, tools, plain, kind)
         made = plain
         if quantization is not None:
             made = folder / "quantising.gguf"
@@ -46,9 +54,19 @@ def make_gguf(
     return file, notes
 
 
-def _convert(work: EndpointWork, deployment: Deployment, tools: LlamaCpp, file: Path) -> None:
-    config = read_json(deployment.model_path / "config.json")
-    kind = _AS_THEY_ARE.get(str(config.get("dtype") or config.get("torch_dtype")), "auto")
+def discard_gguf(deployment: Deployment) -> None:
+    """Delete the deployment's GGUF file, whole or half-made."""
+    for file in deployment.log.parent.glob("*.gguf"):
+        file.unlink()
+
+
+def _kind(model: Path) -> str:
+    """What the converter calls the type of the weights."""
+    config = read_json(model / "config.json")
+    return _AS_THEY_ARE.get(str(config.get("dtype") or config.get("torch_dtype")), "auto")
+
+
+def _convert(work: EndpointWork, deployment: Deployment, tools: LlamaCpp, file: Path, kind: str) -> None:
     command: list[str | Path] = [
         sys.executable,
         tools.converter,
@@ -87,12 +105,14 @@ def _quantise(
     return [f"{fallback[1]} of {fallback[2]} tensors have no shape for {quantization} and keep more bits"]
 
 
-def _need_space(folder: Path, model: Path) -> None:
+def _need_space(folder: Path, model: Path, quantised: bool, kind: str) -> None:
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    widened = 2 if kind == "f32" and _kind(model) != "f32" else 1
+    needed = weights * widened * (2 if quantised else 1)  # a quantised file stands beside the plain one for a moment
     free = shutil.disk_usage(folder).free
-    if free < 2 * weights:  # the file as it is, and the quantised one beside it for a moment
+    if free < needed:
         raise UserError(
             f"there is too little space to convert the model: {free / 1e9:.1f} GB are free",
             file=folder,
-            expected=f"about {2 * weights / 1e9:.1f} GB",
+            expected=f"about {needed / 1e9:.1f} GB",
         )

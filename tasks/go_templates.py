@@ -10,6 +10,7 @@ What cannot be seen so: templates that cut white space at the ends of a message;
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +26,14 @@ def _turns(*contents: str, system: bool = False) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
-# The first three say all; the others are the test of it.
+# The first three say all; the others are the test of it. Each ends with a user, whom the model is to answer.
 CONVERSATIONS: list[list[dict[str, str]]] = [
     _turns(_FIRST),
     _turns(_FIRST, _ANSWER, _SECOND),
     _turns(_SYSTEM, _FIRST, system=True),
     _turns(_SYSTEM, _FIRST, _ANSWER, _SECOND, system=True),
     _turns("one", "two", "three", "four", "five"),
-    _turns("none", "one\n\ntwo", "three", "four?", "five", "six", "seven", system=True),
+    _turns("none", "one\n\ntwo", "three", "four?", "five", "six", system=True),
 ]
 
 
@@ -124,7 +125,7 @@ def verify(pieces: Pieces, messages: Messages, text: str | None) -> None:
     composed = pieces.compose(messages)
     if text is None or composed == text:
         return
-    place = next((i for i, (a, b) in enumerate(zip(composed, text, strict=False)) if a != b), 0)
+    place = len(os.path.commonprefix([composed, text]))
     around = slice(max(0, place - 20), place + 40)
     raise _inexpressible(f"it writes {text[around]!r} where a Go template would write {composed[around]!r}")
 

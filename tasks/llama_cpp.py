@@ -25,6 +25,7 @@ from configs.settings import Settings, load_settings
 from tasks.files import last_lines
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 CMAKE_VARIABLE = "CMAKE_ARGS"
 """The variable that the bindings' own build reads, too: CMAKE_ARGS="-DGGML_CUDA=on" builds for an NVIDIA GPU."""
 
@@ -150,19 +151,11 @@ def _build(scratch: Path, log: Path, jobs: int, say: Callable[[str], None]) -> P
 
 
 def _fetch(scratch: Path, log: Path) -> Path:
-    """The source of llama.cpp inside the package."""
-    pip: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-binary",
-        PACKAGE,
-        "-d",
-        scratch,
-    ]
-    _run([*pip, f"{PACKAGE}=={VERSION}"], log)
+    """The source of llama.cpp inside the package, which must be the very file that we know."""
+    wanted = scratch / "requirements.txt"
+    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE]
+    _run([*pip, "--require-hashes", "-r", wanted, "-d", scratch], log)
     (archive,) = scratch.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         files.extractall(scratch / "source", filter="data")

@@ -57,7 +57,8 @@ def check(deployment: Deployment) -> None:
 
 def prepare(work: EndpointWork, deployment: Deployment) -> Path:
     """Make the GGUF file as the weights are: Ollama quantises it. Raises UserError."""
-    file, _ = make_gguf(work, deployment, needed(), None)
+    # Older versions of Ollama quantise float16 and float32 only.
+    file, _ = make_gguf(work, deployment, needed(), None, bfloat16=deployment.quantization is None)
     deployment.name_there = None if _NAME.fullmatch(deployment.model) else _plain_name(deployment)
     return file
 
