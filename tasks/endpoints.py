@@ -89,9 +89,8 @@ def deploy(
     targets transformers and custom, `program` the deploying file of the target custom and `base_path` the base model of
     an adapter for it. Models that do not chat are proved by the answers to requests. `host` (by default that of the
     settings) and `port` are those of the endpoint's address; an API key is taken from the environment variable
-    TUNELINE_ENDPOINT_KEY, so that
-    it is stored nowhere in clear. `start_timeout` is in seconds. Raises UserError; the deployment that was
-    current then stays up and current.
+    TUNELINE_ENDPOINT_KEY, so that it is stored nowhere in clear. `start_timeout` is in seconds. Raises UserError; the
+    deployment that was current then stays up and current.
     """
     if not probes:
         raise UserError("a deployment needs at least one probe to be verified with", field="probes")

@@ -10,7 +10,6 @@ What cannot be seen so: templates that cut white space at the ends of a message;
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -125,7 +124,8 @@ def verify(pieces: Pieces, messages: Messages, text: str | None) -> None:
     composed = pieces.compose(messages)
     if text is None or composed == text:
         return
-    place = len(os.path.commonprefix([composed, text]))
+    shorter = min(len(composed), len(text))
+    place = next((at for at in range(shorter) if composed[at] != text[at]), shorter)
     around = slice(max(0, place - 20), place + 40)
     raise _inexpressible(f"it writes {text[around]!r} where a Go template would write {composed[around]!r}")
 

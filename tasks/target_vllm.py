@@ -44,6 +44,8 @@ def check(deployment: Deployment) -> None:
 def prepare(work: EndpointWork, deployment: Deployment) -> Path:
     """The folder to serve, which is the model's own."""
     (work.folder / "deployments" / deployment.model).mkdir(parents=True, exist_ok=True)
+    if _dtype(deployment) != deployment.dtype:
+        deployment.notes = ["vLLM adds adapters in 16 bits only: the base model is not held in float32"]
     return deployment.model_path
 
 
@@ -93,7 +95,7 @@ def command(deployment: Deployment, served: Path) -> list[str]:
     adapter = is_adapter(served)
     base = base_of_adapter(served) if adapter else served
     words = [str(_needed()), "serve", str(base), "--host", "127.0.0.1", "--port", str(deployment.port)]
-    words += ["--dtype", deployment.dtype]
+    words += ["--dtype", _dtype(deployment)]
     # The base under an adapter gets a name of its own: a request can reach it only by mistake.
     words += ["--served-model-name", f"{deployment.model}.base" if adapter else deployment.model]
     if adapter:
@@ -108,6 +110,11 @@ def environment() -> dict[str, str]:
     """Environment of the server: offline, telling nobody of its use, and no key."""
     own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return {name: value for name, value in server_environment(own).items() if name not in _HIDDEN}
+
+
+def _dtype(deployment: Deployment) -> str:
+    """The type of the weights; vLLM's kernels for LoRA take 16 bits only, and `auto` makes 16 bits of float32."""
+    return "auto" if deployment.dtype == "float32" and is_adapter(deployment.model_path) else deployment.dtype
 
 
 def _program() -> Path | None:

@@ -31,7 +31,8 @@ MISTRAL = (
     "{% endfor %}"
 )
 BRACES = (
-    "{% for message in messages %}{{ '{{ ' + message['role'] + ' \"}}\\\\ ' + message['content'] + '。😀\t' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '{{ ' + message['role'] + ' \"}}\\\\ ' + message['content'] + '。😀\t' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '{{ \"assistant\" }}' }}{% endif %}"
 )
 # The newest question in another form than the earlier ones, which nothing can do that writes message by message.
@@ -56,7 +57,11 @@ def rendered(template: str, messages: list[dict[str, str]]) -> str | None:
     """What the template makes of a conversation; None where it refuses it."""
     try:
         texts, _ = render_jinja_template(
-            conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=True,
+            bos_token="<s>",
+            eos_token="</s>",
         )
     except TemplateError:
         return None
