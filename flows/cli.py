@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -51,10 +51,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it goes into logs and manuals, and rich would show `<bool>` at every switch
 )
-app.command()(cli_inference.infer)
-app.command()(cli_scores.evaluate)
-app.command()(cli_scores.score)
 app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
 app.add_typer(cli_models.app, name="models")
@@ -103,7 +101,7 @@ def train(
 
 @app.command()
 def save(train: Annotated[str, typer.Argument(help="A train, or the customized model of one.")]) -> None:
-    """Make the complete model of a train: merged, verified, self-contained. One that has it already keeps it."""
+    """Make the complete model of a train. Merged, verified, self-contained; one that has it already keeps it."""
     found = cli_models.find(train)
     if found.stage == "complete" and found.parent is not None:
         found = cli_models.find(found.parent)
@@ -124,14 +122,20 @@ def save(train: Annotated[str, typer.Argument(help="A train, or the customized m
 @app.command()
 def deploy(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    target: Annotated[Target | None, typer.Option(help="What serves it; by default the method's first.")] = None,
+    target: Annotated[
+        Target | None,
+        typer.Option(metavar="TARGET", help=f"What serves it: {', '.join(get_args(Target))}; else the method's first."),
+    ] = None,
     endpoint: Annotated[str | None, typer.Option(help="Endpoint; by default named after the model's line.")] = None,
-    quantization: Annotated[Quantization | None, typer.Option(help="Fewer bits here; by default none.")] = None,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(metavar="KIND", help="Fewer bits here, in a way of the target's (`tuneline targets`); else none."),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(help="Port of a new endpoint; by default a free one from 8100.", min=1, max=65535)
     ] = None,
 ) -> None:
-    """Serve a model behind an OpenAI-compatible endpoint; the one before it stays until this one is proved."""
+    """Serve a model behind an OpenAI-compatible endpoint. The one before it stays until this one is proved."""
     cli_models.find(model)  # a mistake is told before a flow is begun, which would be recorded
     endpoint = cli_deployments.checked_name(endpoint)
     cli_trains.embedded()
@@ -145,7 +149,7 @@ def deploy(
 
 @app.command()
 def undeploy(endpoint: Annotated[str, typer.Argument(help="Name of the endpoint.")]) -> None:
-    """Stop serving at an endpoint; its address and history are kept."""
+    """Stop serving at an endpoint. Its address and history are kept."""
     from tasks.endpoints import load_endpoint
 
     load_endpoint(endpoint)
@@ -154,6 +158,11 @@ def undeploy(endpoint: Annotated[str, typer.Argument(help="Name of the endpoint.
 
     stop(endpoint)
     print(f"nothing is served at {endpoint} any more; `tuneline deployments rollback {endpoint}` brings it back")
+
+
+app.command()(cli_inference.infer)
+app.command()(cli_scores.evaluate)
+app.command()(cli_scores.score)
 
 
 @app.command()
@@ -166,7 +175,7 @@ def up(
         Path | None, typer.Option(metavar="FOLDER", help="Start nothing: write systemd units that would.")
     ] = None,
 ) -> None:
-    """Start the Prefect server, the MLflow server and a worker; on loopback unless TUNELINE_HOST says otherwise."""
+    """Start the Prefect server, the MLflow server and a worker. On loopback unless TUNELINE_HOST says otherwise."""
     from deployments.services import join, what_to_click
     from deployments.services import up as start
 
@@ -204,7 +213,7 @@ def down() -> None:
 
 @app.command()
 def status(json_: Json = False) -> None:
-    """What is running: servers, trains, endpoints, and who holds the GPUs."""
+    """What is running: servers, trains, endpoints, GPU holders."""
     from deployments.services import status as told
     from tasks.endpoints import list_endpoints
     from tasks.gpus import slot_states, waiting_trains
@@ -240,7 +249,7 @@ def status(json_: Json = False) -> None:
 
 @app.command("deploy-flows")
 def deploy_flows(json_: Json = False) -> None:
-    """Make the Prefect server's deployments match this installation: its methods, their forms, its base models."""
+    """Make the Prefect page match this installation. Its methods, their forms, its base models."""
     from deployments.flow_deployments import deploy_flows as apply
     from deployments.services import running_prefect_api
 
@@ -269,7 +278,7 @@ def doctor(json_: Json = False) -> None:
 
 @app.command()
 def demo() -> None:
-    """The whole main job on a small real model: train, score, merge, deploy, ask."""
+    """The whole main job on a small real model. It trains, scores, merges, deploys, asks."""
     cli_trains.embedded()
     from flows.demo import run_demo
 

@@ -18,7 +18,7 @@ URL_VARIABLE = "TUNELINE_ALERT_URL"
 PASSWORD_VARIABLE = "TUNELINE_ALERT_PASSWORD"  # noqa: S105 - the name of a variable
 _PORTS = {"starttls": 587, "ssl": 465, "none": 25}
 
-app = typer.Typer(help="Channels that tell how trains end: webhook, Slack-compatible, mail.", no_args_is_help=True)
+app = typer.Typer(help="Channels that tell how trains end. Webhook, Slack-compatible, mail.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the channel.")]
@@ -36,12 +36,15 @@ def add(
     ] = None,
     security: Annotated[str, typer.Option(help="Mail: starttls, ssl or none.")] = "starttls",
     sender: Annotated[str | None, typer.Option("--from", help="Mail: the address it comes from.")] = None,
-    to: Annotated[list[str], typer.Option(help="Mail: an address it goes to; repeatable.")] = [],  # noqa: B006
+    to: Annotated[list[str], typer.Option(metavar="ADDRESS", help="Mail: an address it goes to; repeatable.")] = [],  # noqa: B006
     username: Annotated[str | None, typer.Option(help="Mail: user at the server; by default no login.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Change the channel of this name.")] = False,
 ) -> None:
-    """Register a channel. The address (TUNELINE_ALERT_URL) and the password (TUNELINE_ALERT_PASSWORD) are asked for
-    unless the environment has them: what stands in a command can be read by everybody on the host."""
+    """Register a channel.
+
+    Its address (TUNELINE_ALERT_URL) or password (TUNELINE_ALERT_PASSWORD) is asked for unless the environment has it:
+    what stands in a command can be read by everybody on the host.
+    """
     if [webhook, slack, mail].count(True) != 1:
         raise UserError("say what the channel is", expected="exactly one of --webhook, --slack and --mail")
     if not mail:

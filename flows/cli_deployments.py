@@ -14,7 +14,10 @@ from flows.printing import print_fields, print_json, print_table
 if TYPE_CHECKING:
     from configs.endpoints import Endpoint, EndpointStatus
 
-app = typer.Typer(help="Endpoints and what is served at them.", invoke_without_command=True)
+app = typer.Typer(
+    help="Endpoints and what is served at them. Without a command: every endpoint, its model, whether it answers.",
+    invoke_without_command=True,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 _COMPARED = {"tokens": "every token", "counts": "number of tokens", "nothing": "not told by the server"}
@@ -64,7 +67,7 @@ def rollback(
 
 @app.command()
 def restart(endpoint: Name) -> None:
-    """Start again what is down of an endpoint, after the host was restarted, say."""
+    """Start again what is down of an endpoint. After the host was restarted, say."""
     from tasks.endpoints import restart as bring_up
 
     show(bring_up(endpoint))
@@ -72,7 +75,7 @@ def restart(endpoint: Name) -> None:
 
 @app.command()
 def key(endpoint: Name) -> None:
-    """Set the endpoint's API key to the one in TUNELINE_ENDPOINT_KEY, or remove it if that is not set."""
+    """Set or remove the endpoint's API key. It is the one in TUNELINE_ENDPOINT_KEY; removed if that is not set."""
     from tasks.endpoints import set_api_key
 
     changed = set_api_key(endpoint)
@@ -82,7 +85,7 @@ def key(endpoint: Name) -> None:
 @app.command()
 def evaluate(
     endpoints: Annotated[
-        list[str], typer.Argument(metavar="ENDPOINT...", help="Endpoints; several are printed side by side.")
+        list[str], typer.Argument(metavar="ENDPOINT", help="Endpoints; several are printed side by side.")
     ],
     dataset: Annotated[str, typer.Option(help="A file, or the name of a dataset.")],
     prompt_column: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
@@ -91,7 +94,10 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     json_: Json = False,
 ) -> None:
-    """Score what endpoints answer to the rows of a dataset; recorded in MLflow. A key: TUNELINE_ENDPOINT_KEY."""
+    """Score what endpoints answer to a dataset; recorded in MLflow.
+
+    Endpoints that ask for a key are given the one in TUNELINE_ENDPOINT_KEY.
+    """
     from configs.datasets import Columns, Wanted
     from flows.cli_trains import embedded, terminal_line
     from tasks.datasets import resolve_dataset

@@ -14,7 +14,7 @@ from flows.printing import print_fields, print_json, print_table
 
 EXIT_DIFFERS = 1
 
-app = typer.Typer(help="Environments of stages, made from a method's environment.yml.", no_args_is_help=True)
+app = typer.Typer(help="Environments of stages. Made from a method's environment.yml.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Reference = Annotated[str, typer.Argument(metavar="METHOD", help="A method, an environment's name, or its file.")]
@@ -44,7 +44,7 @@ def create(
     manager: Annotated[Manager | None, typer.Option(help="By default conda where there is one, else venv.")] = None,
     conda: Annotated[str | None, typer.Option(help="conda, mamba or micromamba, or its path.")] = None,
 ) -> None:
-    """Make the environments of a method, or those that differ anew; with the locked versions if there are any."""
+    """Make the environments of a method, or make differing ones anew. With the locked versions if there are any."""
     from configs.environments import read_lock
     from tasks.environments import create_environment, find_files
 
@@ -69,7 +69,7 @@ def check(
     all_: Annotated[bool, typer.Option("--all", help="Every environment that was made.")] = False,
     json_: Json = False,
 ) -> None:
-    """Name what is missing, differs from the lock or is extra; exit code 1 if anything is."""
+    """Name what is missing, differs from the lock or is extra. Exit code 1 if anything is."""
     from tasks.environments import check_environment, find_files, list_environments
 
     if (method is None) != all_:
@@ -90,7 +90,7 @@ def check(
 
 @app.command()
 def lock(method: Reference) -> None:
-    """Write what is really installed as the exact versions of this platform, beside the environment file."""
+    """Lock what is really installed. The exact versions of this platform, written beside the environment file."""
     from tasks.environments import find_files, lock_environment
 
     settings = load_settings()

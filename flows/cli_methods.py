@@ -76,7 +76,7 @@ def new(
 
 @app.command()
 def add(folder: Annotated[Path, typer.Argument(help="Folder of the method, with its method.yaml.")]) -> None:
-    """Add a method: checked, copied into the installation, and on the Prefect page if a server runs."""
+    """Add a method. Checked, copied into the installation, and on the Prefect page if a server runs."""
     from tasks.training_methods import add_method
 
     added = add_method(folder, load_settings())

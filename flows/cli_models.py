@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 @app.command("list")
 def list_(json_: Json = False) -> None:
-    """Base models, and every customized and complete model with its aliases."""
+    """Base models, and every model made here with its aliases."""
     from configs.base_models import load_base_models
     from flows.cli_trains import embedded
 
@@ -123,7 +123,7 @@ def show(model: Annotated[str, typer.Argument(help="Name, LINE@ALIAS, or a train
 
 @app.command()
 def champion(model: Annotated[str, typer.Argument(help="Name of a model, LINE@ALIAS, or a train.")]) -> None:
-    """Make a model the champion of its line: the one that a retraining must beat."""
+    """Make a model the champion of its line. It is the one that a retraining must beat."""
     found = find(model)
     if found.stage == "base":
         raise UserError("a base model is of no line", field="model", value=model, expected="a model that was made here")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from configs.retraining import RetrainOutcome
 
 app = typer.Typer(
-    help="Retraining: train a line again on new rows, promote only what is better on held-out rows.",
+    help="Train a line again, promote only what is better. On held-out rows, by a margin, with an interval.",
     no_args_is_help=True,
 )
 
@@ -48,7 +48,7 @@ def schedule(
     endpoint: Endpoint = None,
     seed: Seed = None,
 ) -> None:
-    """Retrain a line on a schedule, or when its dataset has a new version. What is not given stays as it was."""
+    """Retrain a line on a schedule, or when it has new rows. What is not given stays as it was."""
     from flows.cli_trains import embedded
 
     embedded()
@@ -72,7 +72,7 @@ def schedule(
 
 @app.command()
 def unschedule(line: Line) -> None:
-    """Retrain a line no more by itself; its policy and its history stay."""
+    """Retrain a line no more by itself. Its policy and its history stay."""
     from flows.cli_trains import embedded
 
     embedded()
@@ -103,7 +103,7 @@ def _deploy(pool: str) -> str | None:
 
 @app.command("list")
 def list_(json_: Json = False) -> None:
-    """Every line with a policy: when it is retrained, and what came of it last."""
+    """Every line that is retrained: when, and what came of it last."""
     from deployments.retraining import scheduled_lines
     from tasks.retraining import list_policies, read_history
 
@@ -173,7 +173,7 @@ def run(
     seed: Seed = None,
     json_: Json = False,
 ) -> None:
-    """Retrain a line now, by its policy; what is given here counts for this run."""
+    """Retrain a line now, by its policy. What is given here counts for this run."""
     from flows.cli_trains import embedded
 
     embedded()
@@ -195,7 +195,7 @@ def run(
 
 @app.command()
 def rollback(line: Line, json_: Json = False) -> None:
-    """Make the champion before the newest promotion the champion again, and let its endpoint serve it."""
+    """Take back the newest promotion. The champion before it is it again, and its endpoint serves it."""
     from flows.cli_trains import embedded
 
     embedded()

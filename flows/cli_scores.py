@@ -37,7 +37,7 @@ def score(
     confidence: Confidence = DEFAULT_CONFIDENCE,
     json_: Json = False,
 ) -> None:
-    """Score answers against references: accuracy, F1, ROUGE-1/2/L, BLEU-4, edit distance, JSON; in percent."""
+    """Score answers against references. Accuracy, F1, ROUGE-1/2/L, BLEU-4, edit distance, JSON; in percent."""
     from configs.scoring import ScoringOptions
     from tasks.scored_files import compare_files, read_scored_file, score_file
 
@@ -74,7 +74,7 @@ def evaluate(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Score a model's answers to the rows of a dataset; recorded in MLflow."""
+    """Score a model's answers to a dataset; recorded in MLflow."""
     from flows import cli_models, cli_trains
 
     found = with_method(cli_models.find(model), method)

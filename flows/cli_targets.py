@@ -8,7 +8,10 @@ import typer
 
 from flows.printing import print_json, print_table
 
-app = typer.Typer(help="What can serve a deployed model on this host.", invoke_without_command=True)
+app = typer.Typer(
+    help="What can serve a deployed model on this host. Without a command: each, ready or not, its quantizations.",
+    invoke_without_command=True,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
@@ -39,7 +42,7 @@ def install(
     target: Annotated[Literal["llama.cpp"], typer.Argument(help="The one that is built here.")],
     jobs: Annotated[int | None, typer.Option(help="Compilers at a time; by default one a core.", min=1)] = None,
 ) -> None:
-    """Build llama.cpp from the source in its package, once for this host. Takes minutes and a C++ compiler."""
+    """Build llama.cpp, once for this host. From the source in its package; takes minutes and a C++ compiler."""
     from tasks.llama_cpp import install as build
 
     found = build(jobs=jobs, say=print)

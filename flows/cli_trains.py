@@ -248,7 +248,7 @@ def _status_shown(record: TrainRecord) -> str:
 
 @app.command()
 def show(train: Train, json_: Json = False) -> None:
-    """Everything about one train: parameters with their origins, models, scores."""
+    """One train: parameters with their origins, models, scores."""
     from configs.resolve import ResolvedTrain
     from tasks.trains import current_status, load_train, sync_curves
 
@@ -306,7 +306,7 @@ def cancel(train: Train) -> None:
 
 @app.command()
 def resume(train: Train) -> None:
-    """Go on with a cancelled, failed or killed train, from its newest checkpoint."""
+    """Go on with a cancelled, failed or killed train. From its newest checkpoint."""
     from configs.train import effective_through
     from tasks.trains import current_status, load_train
 
@@ -326,7 +326,7 @@ def copy(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; else it is printed.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Start the copy as well.")] = False,
 ) -> None:
-    """The configuration of a train as a file, with changes; the way to try one thing differently."""
+    """The configuration of a train as a file, with changes. The way to try one thing differently."""
     from configs.resolve import resolve_train
     from tasks.files import write_text
     from tasks.tracking import train_yaml
@@ -348,9 +348,9 @@ def copy(
 
 @app.command()
 def compare(
-    trains: Annotated[list[str], typer.Argument(metavar="TRAIN...", help="Two or more trains.")], json_: Json = False
+    trains: Annotated[list[str], typer.Argument(metavar="TRAIN", help="Two or more trains.")], json_: Json = False
 ) -> None:
-    """Trains side by side: the parameters that differ, the outcomes, the scores."""
+    """Trains side by side. The parameters that differ, the outcomes, the scores."""
     from tasks.comparing import compare_trains
     from tasks.trains import load_train
 

@@ -1,13 +1,10 @@
-"""A tiny model behind an HTTP route, for servers that stand in for what this host does not have.
-
-Run as a program it is `vllm`: it takes only the options that vLLM documents, and answers as it does.
-"""
+"""A tiny model behind an HTTP route, for the deploying files of methods."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -72,40 +69,3 @@ def handler(routes: Mapping[str, Route]) -> type[BaseHTTPRequestHandler]:
             """Nothing."""
 
     return Handler
-
-
-def main() -> None:
-    """`vllm serve`, as far as its documentation says what it takes."""
-    import argparse
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("verb", choices=["serve"])
-    parser.add_argument("model", type=Path)
-    for option in ("--host", "--dtype", "--served-model-name", "--lora-modules", "--quantization"):
-        parser.add_argument(option, default="")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--enable-lora", action="store_true")
-    parser.add_argument("--max-lora-rank", type=int)
-    parser.add_argument("--tokenizer", type=Path)
-    given = parser.parse_args()
-    name, _, path = given.lora_modules.partition("=")
-    adapters = {name: Path(path)} if given.enable_lora else {}
-    answering = Answering(given.model, given.tokenizer or given.model, adapters)
-    known = {given.served_model_name: "", **{each: each for each in adapters}}
-
-    def chat(asked: dict[str, Any]) -> Reply:
-        if asked["model"] not in known:
-            return 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}}
-        return answering.chat(asked, known[asked["model"]])
-
-    routes: dict[str, Route] = {
-        "GET /health": lambda _: (200, {}),
-        "GET /v1/models": lambda _: (200, {"object": "list", "data": [{"id": each} for each in known]}),
-        "POST /tokenize": lambda asked: (200, {"tokens": answering.tokens(asked["messages"])}),
-        "POST /v1/chat/completions": chat,
-    }
-    ThreadingHTTPServer((given.host, given.port), handler(routes)).serve_forever()
-
-
-if __name__ == "__main__":
-    main()
