@@ -1,4 +1,4 @@
-"""The commands of the README's tour, run in order as they stand there."""
+"""The commands of the README and of docs/, run in order as they stand there, or parsed where they cannot run here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import typer
 import yaml
 
 from configs.resolve import resolve_train
 from configs.settings import PROJECT_ROOT
+from flows.cli import app
 from tests.tiny_models import make_tiny_chat_model
 
 TUNELINE = Path(sys.executable).with_name("tuneline")
+READMES = ["README.md", "README.zh.md"]
+PAGES = sorted(str(path.relative_to(PROJECT_ROOT)) for path in (PROJECT_ROOT / "docs").glob("*.md"))
 
 
 def _blocks(readme: str, language: str) -> list[str]:
@@ -64,6 +69,79 @@ def test_the_tour_runs_from_its_first_command_to_its_last(environment: dict[str,
             subprocess.run([str(TUNELINE), *last], env=environment, capture_output=True, check=False)
 
 
+def test_the_commands_of_operations_run_after_the_tour(environment: dict[str, str]) -> None:
+    script = "\n".join(["set -eux", *_blocks("docs/operations.md", "bash")])
+    assert script.count("\ntuneline ") > 15
+    path = f"{TUNELINE.parent}{os.pathsep}{os.environ['PATH']}"
+    try:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=PROJECT_ROOT,
+            env={**environment, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert "Traceback" not in done.stderr
+    finally:
+        subprocess.run([str(TUNELINE), "down"], env=environment, capture_output=True, check=False)
+
+
+def _commands(page: str) -> list[str]:
+    """Every command of a page: in its blocks, and between backticks in its text."""
+    text = (PROJECT_ROOT / page).read_text(encoding="utf-8")
+    lines = [line for language in ("bash", "sh") for block in _blocks(page, language) for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in [*lines, *re.findall(r"`([^`\n]+)`", prose)] if re.match(r"tuneline [a-z]", line)]
+
+
+def _parse(words: list[str]) -> None:
+    """What the command line makes of the words, without doing it. Raises click.UsageError."""
+    command: click.Command = typer.main.get_command(app)
+    while isinstance(command, click.Group) and words:
+        name, *words = words
+        if name not in command.commands:
+            raise click.UsageError(f"no command {name}")
+        command = command.commands[name]
+    if words:
+        command.make_context(command.name or "tuneline", words)
+
+
+@pytest.mark.parametrize("page", [*READMES, *PAGES])
+def test_every_command_of_a_page_is_one(page: str) -> None:
+    commands = _commands(page)
+    assert commands
+    for command in commands:
+        try:
+            _parse(shlex.split(command)[1:])
+        except click.MissingParameter:  # named in a sentence, without what it is given
+            assert command not in "\n".join([*_blocks(page, "bash"), *_blocks(page, "sh")])
+        except click.UsageError as error:
+            pytest.fail(f"{page}: {command}: {error.message}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".zh.md")])
+def test_a_translated_page_has_the_commands_of_the_page(page: str) -> None:
+    for language in ("bash", "sh"):
+        assert _blocks(page, language) == _blocks(page.replace(".zh.md", ".md"), language)
+
+
+@pytest.mark.parametrize("page", [*READMES, *PAGES])
+def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
+    text = (PROJECT_ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        file, _, place = target.partition("#")
+        path = (PROJECT_ROOT / page).parent / file if file else PROJECT_ROOT / page
+        assert path.exists(), target
+        if place:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert place in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
 @pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
 def test_the_train_file_of_the_readme_resolves(readme: str, tmp_path: Path) -> None:
     (block,) = _blocks(readme, "yaml")
@@ -75,14 +153,3 @@ def test_the_train_file_of_the_readme_resolves(readme: str, tmp_path: Path) -> N
     assert config.name == yaml.safe_load(block)["name"]
     assert config.prompt_column == "question"
     assert config.hyperparameters.lora_rank == 16
-
-
-@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_every_command_named_in_the_readme_exists(readme: str) -> None:
-    text = (PROJECT_ROOT / readme).read_text(encoding="utf-8")
-    named = {word for line in re.findall(r"tuneline ([a-z| -]+)", text) for word in line.split(" | ")[:1]}
-    first_words = sorted({words.split()[0] for words in named if words.split()})
-    assert first_words
-    for word in first_words:
-        done = subprocess.run([str(TUNELINE), word, "--help"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"tuneline {word}: {done.stderr}"
