@@ -5,14 +5,16 @@ A random model with a real tokenizer whose answers are known, and SmolLM2-135M-I
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from configs.base_models import find_base_model
@@ -21,7 +23,8 @@ from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, Settings
 from tasks import endpoints
 from tasks.base_models import fetch_base_model
-from tasks.llama_cpp import install, installed
+from tasks.llama_cpp import install
+from tasks.model_server import is_alive
 from tests.tiny_models import greedy_answer, make_tiny_adapter, prompt_tokens
 
 pytestmark = [pytest.mark.targets, pytest.mark.timeout(7200)]
@@ -124,8 +127,7 @@ def test_a_merged_model_is_served_and_gives_its_answers(
 
     deployment = record.current_deployment
     assert deployment is not None
-    assert deployment.model.endswith(f"_{quantization}" if quantization else "") != (quantization is None) or True
-    assert (deployment.model.split("_d_")[1][4:] or None) == (f"_{quantization}" if quantization else None)
+    assert re.fullmatch(r"tiny_d_[0-9a-f]{4}" + (f"_{quantization}" if quantization else ""), deployment.model)
     proof = deployment.verification
     assert proof is not None
     assert (proof.prompts_checked, proof.prompts_compared) == (1, "tokens")
@@ -174,8 +176,8 @@ def test_key_rollback_and_failed_proof(
 
 def test_a_killed_deploy_leaves_no_server_and_no_file(tiny: Path, probe: Probe, undeployed: None, home: Path) -> None:
     program = (
-        "import sys; from configs.endpoints import Probe; from tasks import endpoints, serving_checks; import os; "
-        "endpoints.verify_answers = lambda *_, **__: os.kill(os.getpid(), 9); "
+        "import os, sys; from configs.endpoints import Probe; from tasks import endpoints; "
+        "endpoints.verify_answers = lambda *_, **__: os.kill(os.getpid(), 9); "  # the server is up by then
         "endpoints.deploy('tiny', 'tiny', sys.argv[1], probes=[Probe.model_validate_json(sys.argv[2])], "
         "target='llama.cpp')"
     )
@@ -185,16 +187,16 @@ def test_a_killed_deploy_leaves_no_server_and_no_file(tiny: Path, probe: Probe, 
     assert done.returncode == -9
     record = endpoints.load_endpoint("tiny")
     (left,) = record.deployments
-    assert left.process is not None
-    for _ in range(100):  # the watcher beside the server has heard of it by then
-        if not Path(f"/proc/{left.process.pid}").exists():
-            break
-        os.sched_yield()
+    deadline = time.monotonic() + 30
+    while is_alive(left.process):  # the watcher beside the server ends it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     endpoints.deploy("tiny", "tiny", tiny, probes=[probe], target="llama.cpp")
     assert [each.state for each in endpoints.load_endpoint("tiny").deployments] == ["failed", "current"]
     assert len(list(home.rglob("*.gguf"))) == 1
-    found = installed()
-    assert found is not None
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    servers = [line for line in listed.splitlines() if line.startswith(str(found.server)) and str(home) in line]
+    servers = [each for each in psutil.process_iter() if each.name() == "llama-server" and of(each, home)]
     assert len(servers) == 1
+
+
+def of(process: psutil.Process, home: Path) -> bool:
+    return any(str(home) in word for word in process.cmdline())

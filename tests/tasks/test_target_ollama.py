@@ -1,6 +1,7 @@
 """The target ollama, against a server with Ollama's documented HTTP interface and a tiny model's real answers.
 
 We have had no Ollama to run: `tests.ollama` has the interface. The converter is a stand-in that writes real GGUF files.
+Each deployment renders prompts in a process of its own, seconds each: most of these run in `make test-targets`.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ def test_a_model_is_uploaded_by_digest_created_and_answers(served: Served) -> No
     assert endpoints.endpoint_status("lights").state == "up"
 
 
+@pytest.mark.targets
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_K_M", "q4_K_S"])
 def test_ollama_quantises_and_the_name_says_it(served: Served, tmp_path: Path, quantization: str) -> None:
     shutil.copytree(served.model, tmp_path / "bf16")
@@ -145,6 +147,7 @@ def test_ollama_quantises_and_the_name_says_it(served: Served, tmp_path: Path, q
     assert argv[argv.index("--outtype") + 1] == "bf16"
 
 
+@pytest.mark.targets
 def test_the_system_message_that_a_template_puts_in_is_the_models(served: Served, tmp_path: Path) -> None:
     shutil.copytree(served.model, tmp_path / "named")
     template = (served.model / "chat_template.jinja").read_text(encoding="utf-8")
@@ -169,6 +172,7 @@ def test_the_system_message_that_a_template_puts_in_is_the_models(served: Served
     assert served.ollama.prompts[1].startswith("<|im_start|>system\nbe short<|im_end|>\n")
 
 
+@pytest.mark.targets
 def test_going_back_and_undeploying_leave_only_what_is_served(served: Served) -> None:
     first = served.deploy()
     second = served.deploy()
@@ -180,6 +184,7 @@ def test_going_back_and_undeploying_leave_only_what_is_served(served: Served) ->
     assert served.ollama.blobs == {}
 
 
+@pytest.mark.targets
 def test_a_file_that_is_there_is_not_uploaded_again(served: Served) -> None:
     deployment = served.deploy()
     (digest,) = served.ollama.blobs
@@ -201,6 +206,7 @@ def test_an_error_within_the_stream_of_create_is_told_and_leaves_the_one_before(
     assert endpoints.endpoint_status("lights").state == "up"
 
 
+@pytest.mark.targets
 def test_another_answer_is_refused_and_its_model_deleted_there(served: Served) -> None:
     served.ollama.answer = lambda text, longest: (answer_tokens(served, text), "something else")
     with pytest.raises(UserError, match="greedy answer is another one"):
@@ -208,6 +214,7 @@ def test_another_answer_is_refused_and_its_model_deleted_there(served: Served) -
     assert served.ollama.models == {}
 
 
+@pytest.mark.targets
 def test_another_number_of_prompt_tokens_is_refused(served: Served) -> None:
     answer = served.ollama.answer
     served.ollama.answer = lambda text, longest: ([*answer(text, longest)[0], 1], answer(text, longest)[1])
@@ -219,6 +226,7 @@ def answer_tokens(served: Served, text: str) -> list[int]:
     return next(probe.prompt_token_ids for probe in served.probes if probe.messages[-1]["content"] in text)
 
 
+@pytest.mark.targets
 def test_a_server_that_is_away_is_told_and_the_model_there_is_deleted_later(served: Served) -> None:
     deployment = served.deploy()
     port = served.ollama.port
@@ -238,6 +246,7 @@ def test_a_server_that_is_away_is_told_and_the_model_there_is_deleted_later(serv
     served.ollama = Ollama(served.ollama.answer)
 
 
+@pytest.mark.targets
 def test_a_name_in_another_script_becomes_one_that_ollama_takes(served: Served) -> None:
     deployment = served.deploy(model_name="灯光")
     (name,) = served.ollama.models
@@ -255,6 +264,7 @@ def test_a_name_in_another_script_becomes_one_that_ollama_takes(served: Served) 
         assert answer.choices[0].message.content == served.probes[0].answer
 
 
+@pytest.mark.targets
 def test_a_template_that_go_cannot_write_is_refused_before_anything_is_uploaded(served: Served, tmp_path: Path) -> None:
     shutil.copytree(served.model, tmp_path / "odd")
     template = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -6,6 +6,9 @@ vLLM needs a GPU, which we have not got: `tests.stand_ins.vllm` takes the option
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +19,9 @@ import pytest
 
 from configs.endpoints import API_KEY_VARIABLE, Deployment, Probe
 from configs.errors import UserError
+from configs.settings import PROJECT_ROOT
 from tasks import endpoints, target_vllm
+from tasks.model_server import is_alive
 from tests.stand_ins import StandIn, vllm
 
 PROBES = [
@@ -191,3 +196,29 @@ def test_other_prompt_tokens_leave_the_deployment_before_up(stand_in: StandIn, b
         endpoints.deploy("lights", "plain", base, probes=PROBES, target="vllm")
     status = endpoints.endpoint_status("lights")
     assert (status.current, status.state) == (first, "up")
+
+
+@pytest.mark.parametrize("when", ["before the switch", "after it"])
+def test_a_server_lives_on_only_if_the_record_keeps_it(
+    stand_in: StandIn, base: Path, undeployed: None, when: str
+) -> None:
+    stand_in.knows(PROBES)
+    at_the_proof = "endpoints.verify_answers = lambda *_, **__: os.kill(os.getpid(), 9); "
+    program = (
+        "import os, sys; from configs.endpoints import Probe; from tasks import endpoints; "
+        + (at_the_proof if when == "before the switch" else "")
+        + "probes = [Probe.model_validate_json(each) for each in sys.argv[2:]]; "
+        "endpoints.deploy('lights', 'plain', sys.argv[1], probes=probes, target='vllm'); os.kill(os.getpid(), 9)"
+    )
+    words = [sys.executable, "-c", program, str(base), *(probe.model_dump_json() for probe in PROBES)]
+    assert subprocess.run(words, cwd=PROJECT_ROOT, check=False, timeout=120).returncode == -9
+
+    (deployment,) = endpoints.load_endpoint("lights").deployments
+    if when == "after it":
+        assert endpoints.endpoint_status("lights").state == "up"
+        return
+    deadline = time.monotonic() + 30
+    while is_alive(deployment.process):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert endpoints.endpoint_status("lights").state == "undeployed"
