@@ -139,18 +139,41 @@ def test_a_merged_model_is_served_and_gives_its_answers(
     assert endpoints.endpoint_status("tiny").state == "up"
 
 
-def test_quantised_files_are_smaller_and_the_real_model_still_knows_its_answer(
+def first_token(record: Endpoint) -> dict[str, float]:
+    """The 20 likeliest first tokens of the answer with the logarithms of their probabilities."""
+    client = openai.OpenAI(base_url=record.address, api_key="none needed", max_retries=0)
+    answer = client.chat.completions.create(
+        model=record.name,
+        messages=QUESTION,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=1,
+        logprobs=True,
+        top_logprobs=20,
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None
+    return {each.token: each.logprob for each in (told.content or [])[0].top_logprobs}
+
+
+def test_the_real_model_gets_smaller_and_stays_close_to_itself(
     smollm2: Path, real_probe: Probe, undeployed: None, home: Path
 ) -> None:
-    sizes = {}
+    sizes, likeliest = {}, {}
     for quantization in KINDS:
         record = endpoints.deploy(
             "smollm", "smollm2", smollm2, probes=[real_probe], target="llama.cpp", quantization=quantization
         )
         sizes[quantization] = next(home.rglob(f"{record.current}.gguf")).stat().st_size
-        assert "Paris" in ask(record), quantization
+        likeliest[quantization] = first_token(record)
         print(f"{record.current}: {sizes[quantization] / 1e6:.0f} MB, {ask(record)!r}")
+        if quantization is None:
+            assert "Paris" in ask(record)  # the model's own answer, too, or it would not be deployed
     assert sizes[None] > sizes["q8_0"] > sizes["q4_K_M"] > sizes["q4_K_S"]
+    for quantization, furthest in {"q8_0": 0.5, "q4_K_M": 2.0, "q4_K_S": 2.0}.items():
+        told = likeliest[quantization]
+        differences = [abs(told[token] - likeliest[None][token]) for token in list(likeliest[None])[:5]]
+        print(f"{quantization}: {sum(differences) / 5:.2f} apart on the five likeliest first tokens")
+        assert 0 < sum(differences) / 5 < furthest
 
 
 def test_key_rollback_and_failed_proof(
