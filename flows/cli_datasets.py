@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from configs.datasets import RequestedShape
+from configs.datasets import Shape as RowShape
 from flows.printing import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 File = Annotated[Path, typer.Argument(help="A JSON Lines or JSON file.")]
 Prompt = Annotated[str | None, typer.Option("--prompt-column", help="Column of the prompt.")]
 Completion = Annotated[str | None, typer.Option("--completion-column", help="Column of the answer.")]
-Shape = Annotated[RequestedShape, typer.Option(help="How a row is laid out; auto recognises it.")]
+_SHAPES = f"How a row is laid out; auto recognises it. Or: {', '.join(get_args(RowShape))}."
+Shape = Annotated[RequestedShape, typer.Option(metavar="SHAPE", help=_SHAPES)]
 
 
 @app.command()

@@ -67,7 +67,7 @@ def new(
     template: Annotated[str, typer.Option("--from", help="Method to begin with.")] = "custom01",
     folder: Annotated[Path | None, typer.Option(help="Where to write it; by default a folder NAME here.")] = None,
 ) -> None:
-    """Copy a method to begin a new one with: a folder to edit and then to add."""
+    """Copy a method to begin a new one with. A folder to edit and then to add."""
     from tasks.training_methods import new_method
 
     manifest = new_method(name, template, folder or Path(name), load_settings())
@@ -101,7 +101,7 @@ def check(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the job folders, with logs and results.")] = False,
     json_: Json = False,
 ) -> None:
-    """Run every stage of a method on a tiny model, then cancel, resume and fail; exit code 1 if anything is wrong."""
+    """Run every stage of a method on a tiny model. Then cancel, resume and fail; exit code 1 if anything is wrong."""
     from methods.registry import find_method, load_methods
     from tasks.method_checks import CheckResult, check_method
 

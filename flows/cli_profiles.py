@@ -11,7 +11,7 @@ from configs.settings import load_settings
 from flows.cli_methods import match_deployments
 from flows.printing import print_fields, print_json, print_table, print_warning
 
-app = typer.Typer(help="Parameter profiles: parameters saved under a name, to start trains with.", no_args_is_help=True)
+app = typer.Typer(help="Parameter profiles. Parameters saved under a name, to start trains with.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a profile.")]
@@ -27,7 +27,7 @@ def save(
     description: Annotated[str, typer.Option(help="What it is good for.")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite the profile of this name.")] = False,
 ) -> None:
-    """Save the parameters that a train or a file sets; datasets, models and names are no parameters."""
+    """Save the parameters that a train or a file sets. Datasets, models and names are no parameters."""
     from configs.profiles import write_profile
     from configs.resolve import profile_of_file, profile_of_train
 
@@ -90,7 +90,7 @@ def show(name: Name, json_: Json = False) -> None:
 
 @app.command()
 def delete(name: Name) -> None:
-    """Delete a profile; trains that were started with it keep their values."""
+    """Delete a profile. Trains that were started with it keep their values."""
     from configs.profiles import delete_profile
 
     delete_profile(name, load_settings())

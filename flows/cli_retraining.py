@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -23,7 +23,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Line = Annotated[str, typer.Argument(metavar="LINE", help="Line of models, which has the name of its trains.")]
 Dataset = Annotated[str | None, typer.Option(help="Dataset to follow, or a file; by default the champion's.")]
 HeldOut = Annotated[str | None, typer.Option(help="Held-out rows; by default those of the champion's train.")]
-Metric = Annotated[MetricName | None, typer.Option(help="What must be better; by default accuracy.")]
+_METRICS = f"What must be better: {', '.join(get_args(MetricName))}; by default accuracy."
+Metric = Annotated[MetricName | None, typer.Option(metavar="METRIC", help=_METRICS)]
 Margin = Annotated[float | None, typer.Option(help="Points it must be better by; by default 1.", min=0, max=100)]
 Confidence = Annotated[float | None, typer.Option(help="Level of the interval; by default 0.95.")]
 Then = Annotated[AfterPromotion | None, typer.Option(help="What follows a promotion; by default registered.")]

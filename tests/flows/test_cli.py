@@ -124,6 +124,9 @@ print("COMMANDS", len(commands), "HEAVY", [name for name in json.loads(sys.argv[
     )
     told = printed(done).count("Usage: ")
     assert told > 50
+    # What a list of commands says of each is its first sentence, whole, in a terminal of 80 columns.
+    assert [line for line in done.stdout.splitlines() if line.endswith("...") and "Usage: " not in line] == []
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert f"COMMANDS {told} HEAVY []" in done.stdout
     assert not (tmp_path / "home").exists()
 
