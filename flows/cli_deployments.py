@@ -12,7 +12,7 @@ from configs.scoring import SCORE_TITLES
 from flows.printing import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from configs.endpoints import Endpoint, EndpointStatus
+    from configs.endpoints import Endpoint, EndpointStatus, Verification
 
 app = typer.Typer(
     help="Endpoints and what is served at them. Without a command: every endpoint, its model, whether it answers.",
@@ -156,14 +156,18 @@ def show(endpoint: Endpoint) -> None:
             "endpoint": endpoint.name,
             "address": endpoint.address,
             "model": endpoint.current,
-            "verified": proof
-            and f"{proof.prompts_checked} prompts ({_COMPARED[proof.prompts_compared]}) and {proof.answers_checked} "
-            "answers equal the model's own"
-            + (f" ({proof.answers_skipped})" if proof.answers_skipped else ""),
-            "answers that stayed the same": proof and proof.answers_same,
+            "verified": proof and _told(proof),
             "note": "; ".join(current.notes) if current and current.notes else None,
         }
     )
+
+
+def _told(proof: Verification) -> str:
+    prompts = f"{proof.prompts_checked} prompts ({_COMPARED[proof.prompts_compared]})"
+    if proof.answers_same is not None:
+        return f"{prompts} equal the model's own; {proof.answers_same} answers stayed the same: {proof.answers_skipped}"
+    skipped = f" ({proof.answers_skipped})" if proof.answers_skipped else ""
+    return f"{prompts} and {proof.answers_checked} answers equal the model's own{skipped}"
 
 
 def show_all(endpoints: Sequence[EndpointStatus]) -> None:

@@ -58,7 +58,7 @@ def test_the_demos_model_answers_on_both_targets_and_its_accuracies_stand_side_b
     for name in ("commands-demo", "commands-q8"):
         assert listed[name]["state"] == "up"
         answer = ask(listed[name]["address"], name, stream=False)
-        assert json.loads(answer) == [{"device": "light", "room": "office", "action": "off", "time": "7:15"}], name
+        assert json.loads(answer) == [{"device": "light", "room": "office", "action": "off", "time": "07:15"}], name
         assert ask(listed[name]["address"], name, stream=True) == answer
 
     compared = ("deployments", "evaluate", "commands-demo", "commands-q8", "--dataset", TEST_SPLIT)

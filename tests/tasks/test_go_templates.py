@@ -13,9 +13,9 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from configs.errors import UserError
+from methods.toolkit.tiny_models import CHATML
 from tasks.go_templates import CONVERSATIONS, derive, verify
 from tests.go_template import execute
-from tests.tiny_models import CHATML
 
 # As the families write them, cut to what conversations without tools need.
 SMOLLM = (
