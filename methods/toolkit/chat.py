@@ -62,8 +62,8 @@ def render_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
     return ids
 
 
-def render_conversation(tokenizer: Any, messages: list[Message]) -> Rendered:
-    """Token ids of a whole conversation; every answer is trained up to its end token, nothing else is.
+def render_conversation(tokenizer: Any, messages: list[Message], start: int = 0) -> Rendered:
+    """Token ids of a whole conversation; every answer from message `start` on is trained up to its end token.
 
     What the template writes after the end token of the last answer (a newline, mostly) is left out: at inference
     the model stops before it. Raises ValueError if the template rewrites earlier turns, since then the tokens
@@ -73,7 +73,7 @@ def render_conversation(tokenizer: Any, messages: list[Message]) -> Rendered:
     labels: list[int] = []
     prompt_length = 0
     for position, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or position < start:
             continue
         before = render_prompt(tokenizer, messages[:position])
         after = _ids(tokenizer, messages[: position + 1])

@@ -12,34 +12,35 @@ from methods.toolkit import tokenizing
 Tokenise = Callable[[Any, Path, tokenizing.Limits, int], tuple[Any, tokenizing.RowReport]]
 
 
-def prepare_rows(job: contract.Job, tokenizer: Any, tokenise: Tokenise = tokenizing.tokenise) -> tuple[Any, Any | None]:
+def prepare_rows(
+    job: contract.Job,
+    tokenizer: Any,
+    tokenise: Tokenise = tokenizing.tokenise,
+    tokenise_validation: Tokenise | None = None,
+) -> tuple[Any, Any | None]:
     """Tokenise the training and validation rows of the job and report what was kept and cut.
 
-    Returns two datasets as `tokenise` makes them, the second None without validation rows. Raises Refused.
+    Returns two datasets as `tokenise` makes them (the second as `tokenise_validation` does, where it is given), the
+    second None without validation rows. Raises Refused.
     """
     p = job.parameters
     limits = tokenizing.Limits(p["max_seq_length"], p["max_input_length"], p["max_content_length"], p["over_length"])
     rows, report = tokenise(tokenizer, Path(job.inputs["train_rows"]), limits, p["max_samples"])
-    reports = {"train": report.as_dict()}
+    reports = {"train": report}
     validation = None
     if job.inputs.get("validation_rows"):
-        validation, validation_report = tokenise(tokenizer, Path(job.inputs["validation_rows"]), limits, -1)
-        reports["validation"] = validation_report.as_dict()
+        path = Path(job.inputs["validation_rows"])
+        validation, reports["validation"] = (tokenise_validation or tokenise)(tokenizer, path, limits, -1)
     _report(job, reports)
     return rows, validation
 
 
-def _report(job: contract.Job, reports: dict[str, dict[str, Any]]) -> None:
+def _report(job: contract.Job, reports: dict[str, tokenizing.RowReport]) -> None:
     path = job.folder / "rows.json"
-    contract.write_json(path, reports)
+    contract.write_json(path, {split: report.as_dict() for split, report in reports.items()})
     job.artifact(path)
     for split, report in reports.items():
-        lost = report["read"] - report["kept"]
-        print(
-            f"{split}: {report['kept']} of {report['read']} rows, {report['tokens']} tokens, "
-            f"{report['supervised_share']:.1%} of them trained, longest row {report['longest']}",
-            flush=True,
-        )
-        if lost or report["truncated"]:
-            notes = "; ".join(report["notes"][:3])
-            job.warning(f"{split}: {lost} rows left out, {report['truncated']} cut ({notes})")
+        print(f"{split}: {report.in_words()}", flush=True)
+        if report.lost or report.truncated:
+            notes = "; ".join(report.notes[:3])
+            job.warning(f"{split}: {report.lost} rows left out, {report.truncated} cut ({notes})")

@@ -68,14 +68,15 @@ def available_gib() -> float | None:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def report_memory(job: contract.Job, model: Any, longest: int, tuning: str) -> None:
+def report_memory(job: contract.Job, model: Any, longest: int, tuning: str, frozen: int = 0) -> None:
     """Report how much of the model is trained and what the train may need, and warn if that is more than is free.
 
-    `longest` is the longest row in tokens, `tuning` is `full`, `lora`, or another kind of adapter.
+    `longest` is the longest row in tokens, `tuning` is `full`, `lora`, or another kind of adapter, `frozen` is the
+    number of parameters of other models that are only used.
     """
     counts = models.parameter_counts(model)
-    parameters = {**job.parameters, "tuning": tuning}
-    needed = estimate_gib(model.config, counts["total"], counts["trainable"], longest, parameters)
+    parameters = {"load_in_4bit": False, **job.parameters, "tuning": tuning}
+    needed = estimate_gib(model.config, counts["total"] + frozen, counts["trainable"], longest, parameters)
     free = available_gib()
     contract.write_json(
         job.folder / "preflight.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ a few thousand roundings of half a unit in the last place (2^-24, 2^-9, 2^-12) a
 
 @dataclass(frozen=True)
 class Verification:
-    """How far apart the logits of the probe prompts are (largest absolute difference; `scale`: largest logit)."""
+    """How far apart the outputs of the probe prompts are (largest absolute difference; `scale`: largest output).
+
+    The outputs are the logits of every token, or the scores of a reward model.
+    """
 
     merged_to_reference: float
     merged_to_base: float
@@ -51,13 +55,16 @@ def saving_dtype(base: str, wanted: str) -> str:
 
 
 def merge(base: str, adapter: str, output: Path, dtype: str) -> None:
-    """Load the base unquantised, add the adapter to its weights, save as safetensors in `dtype`.
+    """Save base and adapter as one causal language model, safetensors in `dtype`."""
+    save_weights(merged(base, adapter), output, dtype)
+
+
+def merged(base: str, adapter: str, load: models.Load = models.load_model) -> Any:
+    """Load the base unquantised and add the adapter to its weights.
 
     Never into a quantised base: rounding the sum to 4 bits would lose the fine-tune (peft issue 2321).
     """
-    model = models.load_with_adapter(base, adapter, "float32")
-    merged = model.merge_and_unload(safe_merge=True)
-    save_weights(merged, output, dtype)
+    return models.load_with_adapter(base, adapter, "float32", load).merge_and_unload(safe_merge=True)
 
 
 def save_weights(model: Any, output: Path, dtype: str) -> None:
@@ -72,17 +79,34 @@ def verify(
 ) -> Verification:
     """Prove that the saved model is what was trained, and is not the base.
 
-    The reference is base + adapter, or for full-parameter training the folder `trained`. Each model is loaded on
-    its own, in float32. Raises Refused with the figures if the saved one differs from the reference by more than
-    its dtype explains, or if it is nearer to the base than to the reference.
+    The reference is base + adapter, or for full-parameter training the folder `trained`.
     """
-    reference = _logits(lambda: models.load_with_adapter(trained or base, adapter, "float32"), prompts)
-    merged = _logits(lambda: models.load_with_adapter(str(saved), None, "float32"), prompts)
-    untouched = _logits(lambda: models.load_with_adapter(base, None, "float32"), prompts)
+    return compare(
+        lambda: models.load_with_adapter(trained or base, adapter, "float32"),
+        lambda: models.load_with_adapter(str(saved), None, "float32"),
+        lambda: models.load_with_adapter(base, None, "float32"),
+        prompts,
+        dtype,
+    )
+
+
+def compare(
+    load_reference: Callable[[], Any],
+    load_saved: Callable[[], Any],
+    load_base: Callable[[], Any],
+    prompts: list[list[int]],
+    dtype: str,
+) -> Verification:
+    """Prove by their outputs that the saved model is the reference, and is not the base.
+
+    Each model is loaded on its own, in float32. Raises Refused with the figures if the saved one differs from the
+    reference by more than its dtype explains, or if it is nearer to the base than to the reference.
+    """
+    reference, saved, untouched = (_outputs(load, prompts) for load in (load_reference, load_saved, load_base))
     scale = max(float(row.abs().max()) for row in reference)
     result = Verification(
-        merged_to_reference=_distance(merged, reference),
-        merged_to_base=_distance(merged, untouched),
+        merged_to_reference=_distance(saved, reference),
+        merged_to_base=_distance(saved, untouched),
         reference_to_base=_distance(reference, untouched),
         scale=scale,
         tolerance=TOLERANCE[dtype] * scale,
@@ -100,7 +124,7 @@ def probe_prompts(folder: Path) -> list[list[int]]:
     return prompts
 
 
-def _logits(load: Any, prompts: list[list[int]]) -> list[torch.Tensor]:
+def _outputs(load: Callable[[], Any], prompts: list[list[int]]) -> list[torch.Tensor]:
     model = load()
     with torch.inference_mode():
         rows = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in prompts]
@@ -115,14 +139,14 @@ def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
 
 def _judge(result: Verification, dtype: str) -> None:
     if result.merged_to_base == 0 or result.reference_to_base == 0:
-        raise Refused("the trained model gives the same logits as its base: training has changed nothing")
+        raise Refused("the trained model gives the same outputs as its base: training has changed nothing")
     if result.merged_to_reference > result.tolerance:
         raise Refused(
-            f"the saved weights are not the trained ones: logits differ by {result.merged_to_reference:.4g}, "
+            f"the saved weights are not the trained ones: outputs differ by {result.merged_to_reference:.4g}, "
             f"{dtype} explains at most {result.tolerance:.4g}"
         )
     if result.merged_to_reference > result.reference_to_base:
         raise Refused(
-            f"rounding to {dtype} moves the logits by {result.merged_to_reference:.4g}, training moved them by "
+            f"rounding to {dtype} moves the outputs by {result.merged_to_reference:.4g}, training moved them by "
             f"{result.reference_to_base:.4g}: the fine-tune would be lost. Set dtype to float32 or train longer."
         )

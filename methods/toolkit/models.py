@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
+
+Load = Callable[..., Any]
+"""Loads a model of some kind from a path, in a dtype, in 4 bit where that is asked for."""
 
 
 def choose_dtype(name: str) -> Any:
@@ -24,8 +28,35 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
 
     Raises Refused if the model cannot be loaded as one (with what the library said).
     """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **_loading(dtype, load_in_4bit))
+    except (OSError, ValueError) as error:
+        raise Refused(f"cannot load {path} as a causal language model: {error}") from error
+
+
+def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
+    """Load a model with one number as its output: a reward model, or a base model under a new random head.
+
+    The global generator decides the head. Raises Refused if the model cannot be loaded as one.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it advises to train a base model's head, which is what is about to happen
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **_loading(dtype, load_in_4bit))
+    except (OSError, ValueError) as error:
+        raise Refused(f"cannot load {path} as a reward model: {error}") from error
+    finally:
+        logging.set_verbosity(told)
+
+
+def _loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     chosen = choose_dtype(dtype)
     quantization = None
@@ -36,21 +67,17 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=chosen,
         )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=chosen,
-            quantization_config=quantization,
-            device_map={"": 0} if torch.cuda.is_available() else None,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise Refused(f"cannot load {path} as a causal language model: {error}") from error
+    return {
+        "dtype": chosen,
+        "quantization_config": quantization,
+        "device_map": {"": 0} if torch.cuda.is_available() else None,
+        "use_safetensors": True,
+    }
 
 
-def load_with_adapter(base: str, adapter: str | None, dtype: str) -> Any:
+def load_with_adapter(base: str, adapter: str | None, dtype: str, load: Load = load_model) -> Any:
     """Load an unquantised base model, with the adapter on top of it if one is given, in evaluation mode."""
-    model = load_model(base, dtype)
+    model = load(base, dtype)
     if adapter is not None:
         from peft import PeftModel
 

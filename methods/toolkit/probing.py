@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from methods.toolkit.tokenizing import read_messages
 PROBE_ROWS = 4
 PROBES_FILE = "probes.json"
 
+Read = Callable[[Path, int], Iterable[tuple[int, list[Message]]]]
+"""Yields (line, conversation) of at most so many rows of a stored dataset."""
+
 
 def write_probes(folder: Path, tokenizer: Any, conversations: list[list[Message]]) -> None:
     """Store the prompt of each conversation and the token ids it was trained with."""
@@ -23,6 +27,12 @@ def write_probes(folder: Path, tokenizer: Any, conversations: list[list[Message]
         {"messages": messages[:-1], "prompt_token_ids": render_prompt(tokenizer, messages[:-1])}
         for messages in conversations
     ]
+    contract.write_json(folder / PROBES_FILE, {"probes": probes})
+
+
+def write_scored(folder: Path, texts: list[tuple[list[Message], list[int]]]) -> None:
+    """Store conversations that were scored in training, and the token ids that they were scored as."""
+    probes = [{"messages": messages, "prompt_token_ids": ids} for messages, ids in texts]
     contract.write_json(folder / PROBES_FILE, {"probes": probes})
 
 
@@ -36,11 +46,11 @@ def read_probes(folder: Path) -> list[dict[str, Any]]:
 class SampleWriter(TrainerCallback):
     """After each evaluation, answers the first `num_generations` validation prompts and keeps the answers."""
 
-    def __init__(self, job: contract.Job, tokenizer: Any) -> None:
+    def __init__(self, job: contract.Job, tokenizer: Any, read: Read = read_messages) -> None:
         self.job, self.tokenizer = job, tokenizer
         rows = Path(job.inputs["validation_rows"]) if job.inputs.get("validation_rows") else None
         wanted = job.parameters["num_generations"]
-        self.messages = [messages for _, messages in read_messages(rows, wanted)] if rows else []
+        self.messages = [messages for _, messages in read(rows, wanted)] if rows else []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         prompts = [render_prompt(self.tokenizer, messages[:-1]) for messages in self.messages]

@@ -25,9 +25,14 @@ def save_trained(
 
     Returns the result of a training stage.
     """
+    probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
+    return save_model(job, trainer, tokenizer, outcome)
+
+
+def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
+    """Save the adapter (or the full weights) and the tokenizer; returns the result of a training stage."""
     trainer.model.save_pretrained(job.output)
     tokenizer.save_pretrained(job.output)
-    probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
     return {"model": str(job.output), "adapter": isinstance(trainer.model, PeftModel), **outcome}
 
 

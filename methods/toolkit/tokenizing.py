@@ -43,6 +43,18 @@ class RowReport:
         """Share of the kept tokens that the loss is taken on (0..1)."""
         return self.supervised_tokens / self.tokens if self.tokens else 0.0
 
+    @property
+    def lost(self) -> int:
+        """How many were left out."""
+        return self.read - self.kept
+
+    def in_words(self) -> str:
+        """The counts in one line of the log."""
+        return (
+            f"{self.kept} of {self.read} rows, {self.tokens} tokens, {self.supervised_share:.1%} of them trained, "
+            f"longest row {self.longest}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """All counts and the supervised share."""
         return {**asdict(self), "supervised_share": self.supervised_share}
@@ -98,33 +110,34 @@ def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, 
         rendered = render_conversation(tokenizer, messages)
     except ValueError as error:
         report.not_renderable += 1
-        _note(report, f"line {line}: {error}")
+        note(report, f"line {line}: {error}")
         return None
-    excess = _excess(rendered, limits)
+    excess = excess_of(rendered, limits)
     if excess:
         if limits.over_length == "error":
             raise Refused(f"line {line}: {excess}. Raise the limit, or set over_length to drop or truncate.")
         if limits.over_length == "drop":
             report.dropped_over_length += 1
-            _note(report, f"line {line} dropped: {excess}")
+            note(report, f"line {line} dropped: {excess}")
             return None
         full = len(rendered.input_ids)
         rendered = _truncate(tokenizer, messages, rendered, limits)
-        if left := _excess(rendered, limits):
+        if left := excess_of(rendered, limits):
             report.dropped_over_length += 1
-            _note(report, f"line {line} dropped: {left} even without its question")
+            note(report, f"line {line} dropped: {left} even without its question")
             return None
         report.truncated += 1
         report.tokens_cut += full - len(rendered.input_ids)
-        _note(report, f"line {line} cut: {excess}")
+        note(report, f"line {line} cut: {excess}")
     if rendered.supervised == 0:
         report.without_supervised_token += 1
-        _note(report, f"line {line} left out: no token of an answer is left to train on")
+        note(report, f"line {line} left out: no token of an answer is left to train on")
         return None
     return rendered
 
 
-def _excess(rendered: Rendered, limits: Limits) -> str | None:
+def excess_of(rendered: Rendered, limits: Limits) -> str | None:
+    """Which limit the conversation is over, in words; None if it fits."""
     total, prompt = len(rendered.input_ids), rendered.prompt_length
     if total > limits.sequence:
         return f"{total} tokens, max_seq_length is {limits.sequence}"
@@ -145,13 +158,14 @@ def _truncate(tokenizer: Any, messages: list[Message], rendered: Rendered, limit
     answer_room = min(answer_length, limits.answer or answer_length, limits.sequence)
     prompt_room = min(limits.prompt or limits.sequence, limits.sequence - min(answer_room, limits.sequence // 2))
     if rendered.prompt_length > prompt_room:
-        messages = _shorten_question(tokenizer, messages, prompt_room)
+        messages = shorten_question(tokenizer, messages, prompt_room)
         rendered = render_conversation(tokenizer, messages)
     end = min(limits.sequence, rendered.prompt_length + answer_room)
     return Rendered(rendered.input_ids[:end], rendered.labels[:end], min(rendered.prompt_length, end))
 
 
-def _shorten_question(tokenizer: Any, messages: list[Message], room: int) -> list[Message]:
+def shorten_question(tokenizer: Any, messages: list[Message], room: int) -> list[Message]:
+    """Cut the last user message until the prompt (all but the last message) has `room` tokens at most, if it can."""
     position = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if position is None:
         return messages
@@ -167,7 +181,8 @@ def _shorten_question(tokenizer: Any, messages: list[Message], room: int) -> lis
     return [*messages[:position], {"role": "user", "content": ""}, *messages[position + 1 :]]
 
 
-def _note(report: RowReport, text: str, most: int = 10) -> None:
+def note(report: RowReport, text: str, most: int = 10) -> None:
+    """Keep what became of a row, of the first rows only."""
     if len(report.notes) < most:
         report.notes.append(text)
 

@@ -27,6 +27,11 @@ OPTIMIZERS = {
     "sgd": "sgd",
 }
 
+
+def _with_evaluation(curves: dict[str, str]) -> dict[str, str]:
+    return {**curves, **{f"eval_{name}": f"eval_{ours}" for name, ours in curves.items()}}
+
+
 CURVES = {
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -38,12 +43,29 @@ CURVES = {
     "eval_mean_token_accuracy": "eval_token_accuracy",
     "reward": "reward",
     "reward_std": "reward_std",
-    "kl": "kl",
-    "entropy": "entropy",
     "completions/mean_length": "completion_length",
     "completions/clipped_ratio": "completion_clipped_share",
     "frac_reward_zero_std": "reward_equal_share",
     "clip_ratio/region_mean": "clip_ratio",
+    **_with_evaluation(
+        {
+            "kl": "kl",
+            "entropy": "entropy",
+            "rewards/chosen": "reward_chosen",
+            "rewards/rejected": "reward_rejected",
+            "rewards/margins": "reward_margin",
+            "rewards/accuracies": "reward_accuracy",
+            "logps/chosen": "logp_chosen",
+            "logps/rejected": "logp_rejected",
+            "nll_loss": "nll_loss",
+            "log_odds_chosen": "log_odds",
+            "margin": "reward_margin",
+            "accuracy": "reward_accuracy",
+            "mean_reward": "reward",
+            "min_reward": "reward_min",
+            "max_reward": "reward_max",
+        }
+    ),
 }
 """The trainer's own names and ours: the same curve has the same name for every method."""
 
@@ -151,7 +173,7 @@ class Repeatable(Scheduled):
         return LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        self.count_positions(inputs["attention_mask"])
+        self.count_positions(*(mask for name, mask in inputs.items() if name.endswith("attention_mask")))
         return super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
 
 

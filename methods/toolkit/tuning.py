@@ -1,20 +1,23 @@
-"""Loads a causal language model ready to be trained: in full, or frozen with room for LoRA beside it."""
+"""Loads a model ready to be trained: in full, or frozen with room for LoRA beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 from methods import contract
 from methods.toolkit import models, training
 
 
-def load_trained_model(job: contract.Job) -> Any:
+def load_trained_model(job: contract.Job, load: models.Load = models.load_model) -> Any:
     """Load the base model of the job in the dtype that it is trained in, prepared for an adapter where it is 4-bit."""
     p = job.parameters
     dtype = training.weights_dtype(p["dtype"], full=p["tuning"] == "full")
-    model = models.load_model(job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
+    model = load(job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
     model.config.use_cache = False
     if p["load_in_4bit"]:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=p["gradient_checkpointing"])
@@ -40,3 +43,40 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
         wanted = config.target_modules
         named = sorted(wanted) if isinstance(wanted, set) else wanted
         raise contract.Refused(f"lora_targets {named!r} do not fit this model: {error}") from error
+
+
+def load_reference(job: contract.Job) -> Any:
+    """Load the base model once more, as what a fully trained model is measured against."""
+    reference = models.load_model(job.inputs["base_model"], training.weights_dtype(job.parameters["dtype"], full=True))
+    switch_dropout_off(reference)
+    return reference
+
+
+def switch_dropout_off(model: Any) -> None:
+    """Switch the dropout of the model's own layers off: two passes over one text have to agree.
+
+    Done before an adapter is put on, whose own dropout is a hyper-parameter.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def keep_adapter_precise(model: Any) -> None:
+    """Hold what is trained on top of a 4-bit base in float32.
+
+    trl makes it bfloat16, in which the small updates of a low learning rate are rounded away.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn what the engine says of settings that do not fit each other or the model into Refused."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raise contract.Refused(f"this model cannot be trained with these parameters: {error}") from error

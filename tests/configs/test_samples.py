@@ -18,7 +18,7 @@ LANGUAGES = sorted(SIZES)
 COURTESIES = str.maketrans("", "", ".,?。，？ ")
 
 
-def rows(language: str, split: str) -> list[dict[str, str]]:
+def rows(language: str, split: str) -> list[dict[str, Any]]:
     lines = (SAMPLES / language / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -28,12 +28,32 @@ def commands(row: dict[str, str]) -> list[dict[str, Any]]:
     return found
 
 
-def test_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(SAMPLES / "make_commands.py"), str(tmp_path)], check=True)
+@pytest.mark.parametrize(
+    ("script", "folders"),
+    [("make_commands", ["commands_en", "commands_zh"]), ("make_preferences", ["preferences_en", "rankings_en"])],
+)
+def test_script_writes_the_committed_files_byte_for_byte(tmp_path: Path, script: str, folders: list[str]) -> None:
+    subprocess.run([sys.executable, str(SAMPLES / f"{script}.py"), str(tmp_path)], check=True)
     written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}
-    committed = {path.relative_to(SAMPLES): path.read_bytes() for path in SAMPLES.rglob("*.jsonl")}
+    committed = {path.relative_to(SAMPLES): path.read_bytes() for name in folders for path in SAMPLES.glob(f"{name}/*")}
     assert written == committed
-    assert len(committed) == 6
+    assert len(committed) == 3 * len(folders)
+
+
+def test_better_and_worse_commands_are_what_they_are_called() -> None:
+    for split in ("train", "validation", "test"):
+        right = {row["prompt"]: row["completion"] for row in rows("commands_en", split)}
+        pairs, rankings = rows("preferences_en", split), rows("rankings_en", split)
+        assert len(pairs) == len(rankings) >= 40
+        for pair in pairs:
+            assert pair["chosen"] == right[pair["prompt"]] != pair["rejected"]
+        for ranking in rankings:
+            by_score = dict(zip(ranking["scores"], ranking["answers"], strict=True))
+            best, wordy, wrong = (by_score[score] for score in (2, 1, 0))
+            assert best == right[ranking["prompt"]]
+            assert best in wordy != best
+            assert json.loads(wrong) != json.loads(best)
+        assert len({tuple(ranking["scores"]) for ranking in rankings}) == 6  # the best one stands anywhere
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from configs.train import Hyperparameters
+from configs.train import Hyperparameters, TrainConfig
 from methods import contract, supervisor
 from methods.registry import find_method
 from tasks.stages import EventTail, StageJob, run_stage
@@ -90,17 +90,30 @@ def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.05)
 
 
 def training_job(
-    folder: Path, base: Path, rows: Path, *, validation: Path | None = None, resume: Path | None = None, **hyper: Any
+    folder: Path,
+    base: Path,
+    rows: Path,
+    *,
+    validation: Path | None = None,
+    resume: Path | None = None,
+    method: str = "sft",
+    **given: Any,
 ) -> StageJob:
-    """A training job as `tasks.trains` makes it."""
-    values = Hyperparameters(**hyper).model_dump(mode="json")
+    """A training job as `tasks.trains` makes it; `given` are common hyper-parameters and the method's own."""
+    chosen = find_method(method)
+    hyper = {name: value for name, value in given.items() if name in Hyperparameters.model_fields}
+    config = TrainConfig(
+        name="t",
+        method=method,
+        base_model=str(base),
+        dataset=str(rows),
+        max_new_tokens=8,
+        hyperparameters=Hyperparameters(**{**chosen.hyperparameter_defaults, **hyper}),
+        method_params={name: value for name, value in given.items() if name not in hyper},
+    )
     return StageJob(
         stage="training",
-        parameters={
-            **values,
-            "lora_alpha": values["lora_alpha"] or 2 * values["lora_rank"],
-            "max_new_tokens": 8,
-        },
+        parameters=chosen.job_parameters(config),
         inputs={
             "base_model": str(base),
             "train_rows": str(rows),
@@ -108,7 +121,7 @@ def training_job(
         },
         output=folder / "output",
         resume_from=resume,
-        seed=values["seed"],
+        seed=config.hyperparameters.seed,
     )
 
 

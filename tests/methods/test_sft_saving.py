@@ -139,7 +139,7 @@ def test_a_corrupted_model_is_not_called_complete(
 def test_the_base_itself_is_not_called_complete(tiny_model: Path, trained: dict[str, Path], tmp_path: Path) -> None:
     job = open_job(tmp_path, saving_job(tmp_path, tiny_model, trained["lora"]))
     merging.save_weights(models.load_model(str(tiny_model), "float32"), job.output, "float32")
-    with pytest.raises(contract.Refused, match="same logits as its base"):
+    with pytest.raises(contract.Refused, match="same outputs as its base"):
         saving_chat.verify(job, "float32")
 
 

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +18,23 @@ from safetensors.torch import load_file
 
 from configs.errors import UserError
 from configs.train import Hyperparameters, TrainConfig
-from methods import contract, supervisor
+from methods import contract
 from methods.sft import training as sft
 from methods.toolkit import chat
 from methods.toolkit import training as toolkit
-from tasks.stages import EventTail, StageCancelled, StageKilled
-from tests.methods.stage_jobs import curve, open_job, run_method, signal_running, training_job, wait_for
+from tasks.stages import StageCancelled, StageKilled
+from tests.methods import parameter_effects as effects
+from tests.methods.stage_jobs import curve, open_job, run_method, signal_running, training_job
+from tests.methods.training_bench import (
+    Bench,
+    interrupt_at,
+    kill_stage,
+    losses,
+    result_of,
+    same_as,
+    schedule,
+    weights,
+)
 
 CURVES = ("loss", "learning_rate", "grad_norm", "token_accuracy", "tokens", "epoch")
 RESUMED: dict[str, dict[str, Any]] = {
@@ -38,98 +44,16 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Bench:
-    """Trains the tiny model in this process, each time in a new folder."""
-
-    base: Path
-    rows: Path
-    root: Path
-    count: int = 0
-
-    def job(self, *, validation: bool = False, **hyper: Any) -> contract.Job:
-        self.count += 1
-        folder = self.root / str(self.count)
-        return open_job(
-            folder, training_job(folder, self.base, self.rows, validation=self.rows if validation else None, **hyper)
-        )
-
-    def build(self, *, validation: bool = False, **hyper: Any) -> sft.Trainer:
-        """The trainer of a job, before its first step."""
-        job = self.job(validation=validation, **hyper)
-        tokenizer, _ = chat.load_tokenizer(str(self.base))
-        rows, held_back = sft.prepare_data(job, tokenizer)
-        return sft.build_trainer(job, sft.prepare_model(job), tokenizer, rows, held_back)
-
-    def train(self, *, validation: bool = False, **hyper: Any) -> Path:
-        """Run the whole stage; returns its job folder."""
-        job = self.job(validation=validation, **hyper)
-        contract.write_json(job.folder / contract.RESULT_FILE, sft.main(job))
-        return job.folder
-
-    def losses(self, **hyper: Any) -> list[float]:
-        return losses(self.train(**hyper))
-
-
 @pytest.fixture
 def bench(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> Bench:
-    return Bench(tiny_model, tiny_rows, tmp_path)
-
-
-def losses(folder: Path) -> list[float]:
-    return [values[-1] for _, values in sorted(curve(folder, "loss").items())]
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / contract.RESULT_FILE).read_text())
-    return content
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = list((folder / "output").glob("*.safetensors"))
-    assert len(files) == 1
-    return dict(load_file(files[0]))
+    return Bench("sft", tiny_model, tiny_rows, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Job folders of trains left alone, LoRA and full."""
-    bench = Bench(tiny_model, tiny_rows, tmp_path_factory.mktemp("uninterrupted"))
+    bench = Bench("sft", tiny_model, tiny_rows, tmp_path_factory.mktemp("uninterrupted"))
     return {name: bench.train(**hyper) for name, hyper in RESUMED.items()}
-
-
-def interrupt_at(folder: Path, step: int, act: Callable[[], object]) -> threading.Thread:
-    """Do `act` as soon as the stage of the folder reports the step."""
-    tail = EventTail(folder / contract.EVENTS_FILE)
-
-    def reached() -> bool:
-        return any(event["type"] == "metrics" and event["step"] >= step for event in tail.read())
-
-    def watch() -> None:
-        if wait_for(reached, 120, pause=0.002):
-            act()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
-
-
-def kill_stage(folder: Path) -> None:
-    os.kill(json.loads((folder / supervisor.PROCESS_FILE).read_text())["stage"], signal.SIGKILL)
-
-
-def same_as(left_alone: Path, resumed: Path) -> None:
-    """Every value of every curve, those before and after the interruption, and the final weights bit by bit."""
-    for name in CURVES:
-        expected, found = curve(left_alone, name), curve(resumed, name)
-        assert set(found) == set(expected) == set(range(1, 25)), name
-        for step, values in found.items():
-            assert values == expected[step] * len(values), (name, step)
-    expected_weights, found_weights = weights(left_alone), weights(resumed)
-    assert expected_weights.keys() == found_weights.keys()
-    assert all(torch.equal(expected_weights[name], found_weights[name]) for name in expected_weights)
-    assert result_of(resumed)["loss"] == pytest.approx(result_of(left_alone)["loss"], rel=1e-6)
-    assert result_of(resumed)["steps"] == 24
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -151,7 +75,7 @@ def test_a_killed_train_resumes_to_the_same_curves_and_weights(
     assert contract.complete_checkpoints(tmp_path / "checkpoints")[-1] == newest
     run_method(tmp_path, training_job(tmp_path, tiny_model, tiny_rows, resume=newest, **hyper))
     assert not torn.exists()
-    same_as(uninterrupted[tuning], tmp_path)
+    same_as(uninterrupted[tuning], tmp_path, CURVES, 24)
 
 
 def test_a_cancelled_train_saves_a_checkpoint_and_resumes_to_the_same(
@@ -164,7 +88,7 @@ def test_a_cancelled_train_saves_a_checkpoint_and_resumes_to_the_same(
     newest = contract.complete_checkpoints(tmp_path / "checkpoints")[-1]
     assert int(newest.name.rpartition("-")[2]) == max(curve(tmp_path, "loss"))
     run_method(tmp_path, training_job(tmp_path, tiny_model, tiny_rows, resume=newest, **RESUMED["lora"]))
-    same_as(uninterrupted["lora"], tmp_path)
+    same_as(uninterrupted["lora"], tmp_path, CURVES, 24)
 
 
 def test_a_train_whose_last_checkpoint_is_its_end_saves_the_same_once_more(
@@ -264,19 +188,6 @@ def test_a_polynomial_schedule_takes_every_learning_rate(bench: Bench) -> None:
     assert rates == pytest.approx([1e-8 * (1 - step / 10) ** 2 for step in range(10)])
 
 
-def schedule(trainer: sft.Trainer, steps: int) -> list[float]:
-    """The learning rate of each of so many steps."""
-    trainer.create_optimizer()
-    scheduler = trainer.create_scheduler(steps, trainer.optimizer)
-    rates = []
-    for _ in range(steps):
-        rates.append(float(trainer.optimizer.param_groups[0]["lr"]))
-        assert scheduler.get_last_lr() == [rates[-1]] * len(trainer.optimizer.param_groups)  # what the curve shows
-        trainer.optimizer.step()
-        scheduler.step()
-    return rates
-
-
 def test_the_order_of_rows_follows_from_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         torch.manual_seed(random.randrange(10**6))  # noqa: S311 - a resumed process has drawn other numbers before
@@ -358,51 +269,10 @@ def test_a_torn_checkpoint_is_removed_and_a_whole_one_kept(tmp_path: Path) -> No
 # --- every parameter reaches what it is for -------------------------------------------------------------------------
 
 
-def _argument(name: str, field: str, value: Any, expected: Any = None) -> Callable[[Bench], None]:
-    """The field's value is the value of the trainer's argument."""
-
-    def check(bench: Bench) -> None:
-        assert getattr(bench.build(**{field: value}).args, name) == (value if expected is None else expected)
-
-    return check
-
-
-def _lora(name: str, field: str, value: Any, expected: Any = None) -> Callable[[Bench], None]:
-    """The field's value is the value of the adapter's configuration."""
-
-    def check(bench: Bench) -> None:
-        config = bench.build(**{field: value}).model.peft_config["default"]
-        assert getattr(config, name) == (value if expected is None else expected)
-
-    return check
-
-
 def _tuning(bench: Bench) -> None:
     full, lora = bench.build(tuning="full").model, bench.build(tuning="lora").model
     assert all(p.requires_grad for p in full.parameters())
     assert {name.split(".")[-3] for name, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-
-
-def _load_in_4bit(bench: Bench) -> None:
-    types = {type(m).__name__ for m in bench.build(load_in_4bit=True).model.modules()}
-    assert "Linear4bit" in types
-    assert "Linear4bit" not in {type(m).__name__ for m in bench.build().model.modules()}
-
-
-def _lora_targets(bench: Bench) -> None:
-    model = bench.build(lora_targets="q_proj,v_proj").model
-    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
-    assert adapted == {"q_proj", "v_proj"}
-
-
-def _kept(bench: Bench, **hyper: Any) -> int:
-    return len(bench.build(**hyper).train_dataset)
-
-
-def _over_length(bench: Bench) -> None:
-    assert _kept(bench, max_seq_length=42) < _kept(bench, max_seq_length=42, over_length="truncate") == 21
-    with pytest.raises(contract.Refused, match="max_seq_length is 42"):
-        bench.build(max_seq_length=42, over_length="error")
 
 
 def _num_generations(bench: Bench) -> None:
@@ -411,137 +281,15 @@ def _num_generations(bench: Bench) -> None:
     assert [sample["step"] for sample in samples] == [2, 2, 2]
 
 
-def _max_steps(bench: Bench) -> None:
-    assert len(bench.losses(max_steps=5, epochs=1, batch_size=8)) == 5
-    assert len(bench.losses(epochs=1, batch_size=8)) == 3
-
-
-def _lr_decay_ratio(bench: Bench) -> None:
-    rates = schedule(bench.build(lr_decay_ratio=0.5, learning_rate=1e-3), 20)
-    assert rates[-1] == pytest.approx(0.5e-3, rel=0.02)
-
-
-def _warmup_steps(bench: Bench) -> None:
-    rates = schedule(bench.build(warmup_steps=4, warmup_ratio=0.5, learning_rate=1e-3), 20)
-    assert rates.index(max(rates)) == 4  # and not the ratio's 10
-    rates = schedule(bench.build(warmup_steps=0, warmup_ratio=0.5, learning_rate=1e-3), 20)
-    assert rates.index(max(rates)) == 0
-
-
-def _warmup_ratio(bench: Bench) -> None:
-    rates = schedule(bench.build(warmup_ratio=0.5, learning_rate=1e-3), 20)
-    assert rates.index(max(rates)) == 10
-
-
-def _weight_decay(bench: Bench) -> None:
-    trainer = bench.build(weight_decay=0.3)
-    trainer.create_optimizer()
-    assert max(group["weight_decay"] for group in trainer.optimizer.param_groups) == 0.3
-
-
-def _optimizer(bench: Bench) -> None:
-    names = {}
-    for optimizer in toolkit.OPTIMIZERS:
-        trainer = bench.build(optimizer=optimizer)
-        trainer.create_optimizer()
-        names[optimizer] = type(trainer.optimizer).__name__
-    assert names == {"adamw": "AdamW", "adamw_8bit": names["adamw_8bit"], "adafactor": "Adafactor", "sgd": "SGD"}
-    assert names["adamw_8bit"] in ("AdamW", "AdamW8bit")
-    trainer = bench.build(optimizer="adamw_8bit")
-    trainer.create_optimizer()
-    assert "bitsandbytes" in type(trainer.optimizer).__module__
-
-
-def _checkpoints(bench: Bench) -> None:
-    folder = bench.train(max_steps=7, checkpoint_steps=2, keep_checkpoints=3, batch_size=4)
-    kept = [path.name for path in contract.complete_checkpoints(folder / "checkpoints")]
-    assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
-    assert len(list((folder / "checkpoints").glob("checkpoint-*"))) == 3
-
-
-def _evaluation_steps(bench: Bench) -> None:
-    folder = bench.train(validation=True, max_steps=4, evaluation_steps=2, batch_size=8)
-    assert sorted(curve(folder, "eval_loss")) == [2, 4]
-    folder = bench.train(validation=True, epochs=2, batch_size=8)
-    assert sorted(curve(folder, "eval_loss")) == [3, 6]
-
-
-def _logging_steps(bench: Bench) -> None:
-    assert sorted(curve(bench.train(max_steps=6, logging_steps=3, batch_size=4), "loss")) == [1, 3, 6]
-
-
-def _gradient_checkpointing(bench: Bench) -> None:
-    trainer = bench.build(gradient_checkpointing=True)
-    assert trainer.args.gradient_checkpointing
-    assert not bench.build().args.gradient_checkpointing
-
-
-def _group_by_length(bench: Bench) -> None:
-    def padding(folder: Path) -> float:
-        return sum(values[0] for values in curve(folder, "padding_share").values())
-
-    grouped = bench.train(epochs=1, batch_size=4)
-    assert padding(grouped) < padding(bench.train(epochs=1, batch_size=4, group_by_length=False))
-
-
-def _seed(bench: Bench) -> None:
-    orders = [list(bench.build(seed=seed)._get_train_sampler()) for seed in (5, 5, 6)]
-    assert orders[0] == orders[1] != orders[2]
-    assert bench.build(seed=5).args.seed == 5
-
-
-def _dtype(bench: Bench) -> None:
-    for name in ("float32", "bfloat16"):
-        assert next(bench.build(dtype=name, tuning="full").model.parameters()).dtype == getattr(torch, name)
-    if not torch.cuda.is_available():
-        assert next(bench.build(tuning="full").model.parameters()).dtype == torch.float32
-
-
-def _lengths(field: str, limit: int) -> Callable[[Bench], None]:
-    def check(bench: Bench) -> None:
-        assert 0 < _kept(bench, **{field: limit}) < 21
-
-    return check
-
-
-EFFECTS: dict[str, Callable[[Bench], None]] = {
+EFFECTS: dict[str, effects.Effect] = {
+    **effects.COMMON,
     "tuning": _tuning,
-    "load_in_4bit": _load_in_4bit,
-    "lora_rank": _lora("r", "lora_rank", 3),
-    "lora_alpha": _lora("lora_alpha", "lora_alpha", 5),
-    "lora_dropout": _lora("lora_dropout", "lora_dropout", 0.4),
-    "lora_targets": _lora_targets,
-    "max_seq_length": _lengths("max_seq_length", 42),
-    "max_input_length": _lengths("max_input_length", 33),
-    "max_content_length": _lengths("max_content_length", 8),
-    "over_length": _over_length,
-    "max_samples": lambda bench: _equal(_kept(bench, max_samples=5), 5),
+    "max_seq_length": effects.kept("max_seq_length", 42, 21),
+    "max_input_length": effects.kept("max_input_length", 33, 21),
+    "max_content_length": effects.kept("max_content_length", 8, 21),
+    "over_length": effects.over_length(42, 21),
     "num_generations": _num_generations,
-    "max_grad_norm": _argument("max_grad_norm", "max_grad_norm", 0.7),
-    "epochs": _argument("num_train_epochs", "epochs", 3.5),
-    "max_steps": _max_steps,
-    "batch_size": _argument("per_device_train_batch_size", "batch_size", 3),
-    "grad_accum_steps": _argument("gradient_accumulation_steps", "grad_accum_steps", 3),
-    "learning_rate": _argument("learning_rate", "learning_rate", 3e-4),
-    "lr_scheduler": _argument("lr_scheduler_type", "lr_scheduler", "polynomial"),
-    "lr_decay_ratio": _lr_decay_ratio,
-    "warmup_steps": _warmup_steps,
-    "warmup_ratio": _warmup_ratio,
-    "weight_decay": _weight_decay,
-    "optimizer": _optimizer,
-    "checkpoint_steps": _checkpoints,
-    "keep_checkpoints": _checkpoints,
-    "evaluation_steps": _evaluation_steps,
-    "logging_steps": _logging_steps,
-    "gradient_checkpointing": _gradient_checkpointing,
-    "group_by_length": _group_by_length,
-    "seed": _seed,
-    "dtype": _dtype,
 }
-
-
-def _equal(found: object, expected: object) -> None:
-    assert found == expected
 
 
 @pytest.mark.parametrize("field", Hyperparameters.model_fields)

@@ -1,0 +1,1 @@
+"""Odds ratio preference optimization of chat models."""

@@ -1,0 +1,1 @@
+"""Reward models: what says how good an answer is."""

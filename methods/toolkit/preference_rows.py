@@ -1,0 +1,237 @@
+"""Pairs of answers, one better than the other, made ready for a trainer, with a count of what was kept and cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from methods.contract import Refused
+from methods.toolkit.chat import IGNORED, Message, Rendered, render_conversation, render_prompt
+from methods.toolkit.tokenizing import Limits, RowReport, excess_of, note, shorten_question
+
+Ranking = Literal["best", "all"]
+"""Which pairs a ranked row gives: the best answer with each worse one, or each answer with each worse one."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What follows a prompt in a better and in a worse way; `gap` is how far their scores differ, None without."""
+
+    line: int
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    gap: float | None = None
+
+
+@dataclass
+class PairReport(RowReport):
+    """What became of the pairs; `read` counts rows, the other counts are of the pairs made of them."""
+
+    pairs: int = 0
+    joined: int = 0
+    without_difference: int = 0
+
+    @property
+    def lost(self) -> int:
+        return self.pairs - self.kept
+
+    def in_words(self) -> str:
+        return (
+            f"{self.kept} of {self.pairs} pairs of {self.read} rows, {self.tokens} tokens, "
+            f"{self.supervised_share:.1%} of them in answers, {self.joined} as a later turn, longest row {self.longest}"
+        )
+
+
+def read_pairs(path: Path, limit: int, ranking: Ranking = "best") -> Iterator[Pair]:
+    """Yield the pairs of stored rows, preferences or rankings; of at most `limit` rows, -1 for all."""
+    for row in _rows(path, limit):
+        yield from _pairs(row, ranking)
+
+
+def read_conversations(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:
+    """Yield (line in the source file, the conversation with its best answer) of at most `limit` rows, -1 for all."""
+    for row in _rows(path, limit):
+        best = _pairs(row, "best")[0]
+        yield best.line, [*best.prompt, *best.chosen]
+
+
+def pair_tokeniser(
+    ranking: Ranking = "best", joined_share: float = 0.0, seed: int = 0
+) -> Callable[[Any, Path, Limits, int], tuple[Any, PairReport]]:
+    """What `chat_rows.prepare_rows` makes datasets of pairs with.
+
+    Their columns: `prompt_ids`, `chosen_ids` and `rejected_ids` (what follows the prompt), `chosen_trained` and
+    `rejected_trained` (1 for a token of an answer, 0 for one of a later question), `length` (of the longer one, with
+    its prompt), `gap` (0 without scores) and `line`. `joined_share` of the pairs are made a later turn of another one.
+    """
+
+    def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tuple[Any, PairReport]:
+        from datasets import Dataset
+
+        pairs = list(read_pairs(path, max_samples, ranking))
+        report = PairReport(read=len({pair.line for pair in pairs}), pairs=len(pairs))
+        random = Random(seed)  # noqa: S311 - not a secret
+        rows: list[dict[str, Any]] = []
+        for pair in pairs:
+            longer = _after(random.choice(pairs), pair) if random.random() < joined_share else None
+            if longer is not None and _fits(tokenizer, longer, limits):
+                pair, report.joined = longer, report.joined + 1
+            sides = _render(tokenizer, pair, limits, report)
+            if sides is None:
+                continue
+            report.kept += 1
+            report.tokens += sum(len(side.input_ids) for side in sides)
+            report.supervised_tokens += sum(side.supervised for side in sides)
+            report.longest = max(report.longest, *(len(side.input_ids) for side in sides))
+            rows.append({**_columns(*sides), "gap": pair.gap or 0.0, "line": pair.line})
+        _require_pairs(report, limits)
+        return Dataset.from_list(rows), report
+
+    return tokenise
+
+
+def _after(first: Pair, second: Pair) -> Pair:
+    """The second pair with the question and the better answer of the first as turns before its own."""
+    rules = [message for message in second.prompt if message["role"] == "system"]
+    turns = [message for message in first.prompt if message["role"] != "system"]
+    own = [message for message in second.prompt if message["role"] != "system"]
+    return replace(second, prompt=[*rules, *turns, *first.chosen, *own])
+
+
+def _fits(tokenizer: Any, pair: Pair, limits: Limits) -> bool:
+    try:
+        return _excess(_sides(tokenizer, pair, pair.prompt), limits) is None
+    except ValueError:
+        return False
+
+
+def _rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file):
+            if number == limit:
+                return
+            yield json.loads(line)
+
+
+def _pairs(row: dict[str, Any], ranking: Ranking) -> list[Pair]:
+    if "chosen" in row:
+        return [Pair(row["line"], row["prompt"], row["chosen"], row["rejected"])]
+    ranked = sorted(zip(row["scores"], row["answers"], strict=True), key=lambda each: -each[0])
+    betters = ranked[:1] if ranking == "best" else ranked
+    return [
+        Pair(row["line"], row["prompt"], _said(better), _said(worse), gap=score - lower)
+        for score, better in betters
+        for lower, worse in ranked
+        if lower < score
+    ]
+
+
+def _said(answer: str) -> list[Message]:
+    return [{"role": "assistant", "content": answer}]
+
+
+def _render(tokenizer: Any, pair: Pair, limits: Limits, report: PairReport) -> tuple[Rendered, Rendered] | None:
+    try:
+        sides = _sides(tokenizer, pair, pair.prompt)
+    except ValueError as error:
+        report.not_renderable += 1
+        note(report, f"line {pair.line}: {error}")
+        return None
+    excess = _excess(sides, limits)
+    if excess:
+        if limits.over_length == "error":
+            raise Refused(f"line {pair.line}: {excess}. Raise the limit, or set over_length to drop or truncate.")
+        if limits.over_length == "drop":
+            report.dropped_over_length += 1
+            note(report, f"line {pair.line} dropped: {excess}")
+            return None
+        full = sum(len(side.input_ids) for side in sides)
+        sides = _truncate(tokenizer, pair, sides, limits)
+        if left := _excess(sides, limits):
+            report.dropped_over_length += 1
+            note(report, f"line {pair.line} dropped: {left} even without its question")
+            return None
+        report.truncated += 1
+        report.tokens_cut += full - sum(len(side.input_ids) for side in sides)
+        note(report, f"line {pair.line} cut: {excess}")
+    if not all(side.supervised for side in sides):
+        report.without_supervised_token += 1
+        note(report, f"line {pair.line} left out: no token of an answer is left to train on")
+        return None
+    if sides[0].input_ids == sides[1].input_ids:
+        report.without_difference += 1
+        note(report, f"line {pair.line} left out: both answers are the same in tokens")
+        return None
+    return sides
+
+
+def _sides(tokenizer: Any, pair: Pair, prompt: list[Message]) -> tuple[Rendered, Rendered]:
+    """Both conversations as tokens; everything after the first header of an answer counts as answer."""
+    before = len(render_prompt(tokenizer, prompt))
+    chosen, rejected = (
+        render_conversation(tokenizer, [*prompt, *side], start=len(prompt)) for side in (pair.chosen, pair.rejected)
+    )
+    return (
+        Rendered(chosen.input_ids, chosen.labels, before),
+        Rendered(rejected.input_ids, rejected.labels, before),
+    )
+
+
+def _excess(sides: tuple[Rendered, Rendered], limits: Limits) -> str | None:
+    return excess_of(sides[0], limits) or excess_of(sides[1], limits)
+
+
+def _truncate(
+    tokenizer: Any, pair: Pair, sides: tuple[Rendered, Rendered], limits: Limits
+) -> tuple[Rendered, Rendered]:
+    """Cut the last question, the same for both sides, then each answer, until both fit."""
+    prompt_length = sides[0].prompt_length
+    answer_length = max(len(side.input_ids) - prompt_length for side in sides)
+    answer_room = min(answer_length, limits.answer or answer_length, limits.sequence)
+    prompt_room = min(limits.prompt or limits.sequence, limits.sequence - min(answer_room, limits.sequence // 2))
+    if prompt_length > prompt_room:
+        prompt = shorten_question(tokenizer, [*pair.prompt, pair.chosen[0]], prompt_room)[:-1]
+        sides = _sides(tokenizer, pair, prompt)
+    end = min(limits.sequence, sides[0].prompt_length + answer_room)
+    chosen, rejected = (
+        Rendered(side.input_ids[:end], side.labels[:end], min(side.prompt_length, end)) for side in sides
+    )
+    return chosen, rejected
+
+
+def _columns(chosen: Rendered, rejected: Rendered) -> dict[str, Any]:
+    """A pair as one row; the prompt ends where an answer begins, or where the two sides begin to differ."""
+    shared = min(_first_trained(chosen), _first_trained(rejected))
+    same = next(
+        (i for i in range(shared) if chosen.input_ids[i] != rejected.input_ids[i]),
+        shared,
+    )
+    return {
+        "prompt_ids": chosen.input_ids[:same],
+        "chosen_ids": chosen.input_ids[same:],
+        "rejected_ids": rejected.input_ids[same:],
+        "chosen_trained": [int(label != IGNORED) for label in chosen.labels[same:]],
+        "rejected_trained": [int(label != IGNORED) for label in rejected.labels[same:]],
+        "length": max(len(chosen.input_ids), len(rejected.input_ids)),
+    }
+
+
+def _first_trained(side: Rendered) -> int:
+    return next(i for i, label in enumerate(side.labels) if label != IGNORED)
+
+
+def _require_pairs(report: PairReport, limits: Limits) -> None:
+    if report.kept:
+        return
+    reasons = "; ".join(report.notes[:3]) or "the dataset has no rows"
+    raise Refused(
+        f"nothing to train on: of {report.pairs} pairs {report.dropped_over_length} are over a length limit, "
+        f"{report.without_supervised_token} have no answer token left, {report.without_difference} no difference left, "
+        f"{report.not_renderable} cannot be rendered ({reasons}). Raise max_seq_length (now {limits.sequence}) or look "
+        "at the dataset report."
+    )

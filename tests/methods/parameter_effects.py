@@ -1,0 +1,194 @@
+"""What each common hyper-parameter has to do in a trainer of the transformers family, by its name.
+
+The methods share this table; what a hyper-parameter does to rows is for each of them to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from methods import contract
+from methods.toolkit import training
+from tests.methods.stage_jobs import curve
+from tests.methods.training_bench import Bench, schedule
+
+Effect = Callable[[Bench], None]
+
+
+def argument(name: str, field: str, value: Any, expected: Any = None) -> Effect:
+    """The field's value is the value of the trainer's argument."""
+
+    def check(bench: Bench) -> None:
+        found = getattr(bench.build(**{field: value}).args, name)
+        assert found == (value if expected is None else expected)
+        assert getattr(bench.build().args, name) != found
+
+    return check
+
+
+def lora(name: str, field: str, value: Any, expected: Any = None) -> Effect:
+    """The field's value is the value of the adapter's configuration."""
+
+    def check(bench: Bench) -> None:
+        config = bench.build(**{field: value}).model.peft_config["default"]
+        assert getattr(config, name) == (value if expected is None else expected)
+
+    return check
+
+
+def kept(field: str, limit: int, rows: int) -> Effect:
+    """The field as a limit leaves fewer rows, of so many."""
+
+    def check(bench: Bench) -> None:
+        assert 0 < len(bench.build(**{field: limit}).train_dataset) < rows
+
+    return check
+
+
+def over_length(limit: int, rows: int) -> Effect:
+    """Rows over the sequence length are left out, cut, or refused."""
+
+    def check(bench: Bench) -> None:
+        left = len(bench.build(max_seq_length=limit).train_dataset)
+        assert left < len(bench.build(max_seq_length=limit, over_length="truncate").train_dataset) == rows
+        with pytest.raises(contract.Refused, match=f"max_seq_length is {limit}"):
+            bench.build(max_seq_length=limit, over_length="error")
+
+    return check
+
+
+def max_samples(bench: Bench) -> None:
+    assert len(bench.build(max_samples=5).train_dataset) == 5
+
+
+def load_in_4bit(bench: Bench) -> None:
+    types = {type(m).__name__ for m in bench.build(load_in_4bit=True).model.modules()}
+    assert "Linear4bit" in types
+    assert "Linear4bit" not in {type(m).__name__ for m in bench.build().model.modules()}
+
+
+def lora_targets(bench: Bench) -> None:
+    model = bench.build(lora_targets="q_proj,v_proj").model
+    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def max_steps(bench: Bench) -> None:
+    assert len(bench.losses(max_steps=5, epochs=1, batch_size=8)) == 5
+    assert len(bench.losses(epochs=1, batch_size=8)) == 3
+
+
+def lr_decay_ratio(bench: Bench) -> None:
+    rates = schedule(bench.build(lr_decay_ratio=0.5, learning_rate=1e-3), 20)
+    assert rates[-1] == pytest.approx(0.5e-3, rel=0.02)
+
+
+def warmup_steps(bench: Bench) -> None:
+    rates = schedule(bench.build(warmup_steps=4, warmup_ratio=0.5, learning_rate=1e-3), 20)
+    assert rates.index(max(rates)) == 4  # and not the ratio's 10
+    rates = schedule(bench.build(warmup_steps=0, warmup_ratio=0.5, learning_rate=1e-3), 20)
+    assert rates.index(max(rates)) == 0
+
+
+def warmup_ratio(bench: Bench) -> None:
+    rates = schedule(bench.build(warmup_ratio=0.5, learning_rate=1e-3), 20)
+    assert rates.index(max(rates)) == 10
+
+
+def weight_decay(bench: Bench) -> None:
+    trainer = bench.build(weight_decay=0.3)
+    trainer.create_optimizer()
+    assert max(group["weight_decay"] for group in trainer.optimizer.param_groups) == 0.3
+
+
+def optimizer(bench: Bench) -> None:
+    names = {}
+    for name in training.OPTIMIZERS:
+        trainer = bench.build(optimizer=name)
+        trainer.create_optimizer()
+        names[name] = type(trainer.optimizer).__name__
+    assert names == {"adamw": "AdamW", "adamw_8bit": names["adamw_8bit"], "adafactor": "Adafactor", "sgd": "SGD"}
+    assert names["adamw_8bit"] in ("AdamW", "AdamW8bit")
+    trainer = bench.build(optimizer="adamw_8bit")
+    trainer.create_optimizer()
+    assert "bitsandbytes" in type(trainer.optimizer).__module__
+
+
+def checkpoints(bench: Bench) -> None:
+    folder = bench.train(max_steps=7, checkpoint_steps=2, keep_checkpoints=3, batch_size=4)
+    found = [path.name for path in contract.complete_checkpoints(folder / "checkpoints")]
+    assert found == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
+    assert len(list((folder / "checkpoints").glob("checkpoint-*"))) == 3
+
+
+def evaluation_steps(bench: Bench) -> None:
+    folder = bench.train(validation=True, max_steps=4, evaluation_steps=2, batch_size=8)
+    assert sorted(curve(folder, "eval_loss")) == [2, 4]
+    folder = bench.train(validation=True, epochs=2, batch_size=8)
+    assert sorted(curve(folder, "eval_loss")) == [3, 6]
+
+
+def logging_steps(bench: Bench) -> None:
+    assert sorted(curve(bench.train(max_steps=6, logging_steps=3, batch_size=4), "loss")) == [1, 3, 6]
+
+
+def gradient_checkpointing(bench: Bench) -> None:
+    trainer = bench.build(gradient_checkpointing=True)
+    assert trainer.args.gradient_checkpointing
+    assert not bench.build().args.gradient_checkpointing
+
+
+def group_by_length(bench: Bench) -> None:
+    def padding(**hyper: Any) -> float:
+        folder = bench.train(epochs=1, batch_size=4, **hyper)
+        return sum(values[0] for values in curve(folder, "padding_share").values())
+
+    assert padding() < padding(group_by_length=False)
+
+
+def seed(bench: Bench) -> None:
+    orders = [list(bench.build(seed=number)._get_train_sampler()) for number in (5, 5, 6)]
+    assert orders[0] == orders[1] != orders[2]
+    assert bench.build(seed=5).args.seed == 5
+
+
+def dtype(bench: Bench) -> None:
+    for name in ("float32", "bfloat16"):
+        assert next(bench.build(dtype=name, tuning="full").model.parameters()).dtype == getattr(torch, name)
+    if not torch.cuda.is_available():
+        assert next(bench.build(tuning="full").model.parameters()).dtype == torch.float32
+
+
+COMMON: dict[str, Effect] = {
+    "load_in_4bit": load_in_4bit,
+    "lora_rank": lora("r", "lora_rank", 3),
+    "lora_alpha": lora("lora_alpha", "lora_alpha", 5),
+    "lora_dropout": lora("lora_dropout", "lora_dropout", 0.4),
+    "lora_targets": lora_targets,
+    "max_samples": max_samples,
+    "max_grad_norm": argument("max_grad_norm", "max_grad_norm", 0.7),
+    "epochs": argument("num_train_epochs", "epochs", 3.5),
+    "max_steps": max_steps,
+    "batch_size": argument("per_device_train_batch_size", "batch_size", 3),
+    "grad_accum_steps": argument("gradient_accumulation_steps", "grad_accum_steps", 3),
+    "learning_rate": argument("learning_rate", "learning_rate", 3e-4),
+    "lr_scheduler": argument("lr_scheduler_type", "lr_scheduler", "polynomial"),
+    "lr_decay_ratio": lr_decay_ratio,
+    "warmup_steps": warmup_steps,
+    "warmup_ratio": warmup_ratio,
+    "weight_decay": weight_decay,
+    "optimizer": optimizer,
+    "checkpoint_steps": checkpoints,
+    "keep_checkpoints": checkpoints,
+    "evaluation_steps": evaluation_steps,
+    "logging_steps": logging_steps,
+    "gradient_checkpointing": gradient_checkpointing,
+    "group_by_length": group_by_length,
+    "seed": seed,
+    "dtype": dtype,
+}
+"""For 21 rows."""
