@@ -79,7 +79,7 @@ BAD_TRAINS: dict[str, tuple[str, list[str]]] = {
         ["train.yaml:4: this value is impossible", "lora_rank = 0", "a whole number ≥ 1"],
     ),
     "text for a number": (TRAIN + "batch_size: many\n", ["train.yaml:4", "batch_size = 'many'", "a whole number"]),
-    "unknown method": (TRAIN + "method: dpo\n", ["no such training method", "method = 'dpo'", "one of sft"]),
+    "unknown method": (TRAIN + "method: dpoo\n", ["no such training method", "method = 'dpoo'", "did you mean dpo?"]),
     "parameter that the method does not have": (
         TRAIN + "method_params: {beta: 0.1}\n",
         ["the method sft has no such parameter", "field: method_params.beta"],
