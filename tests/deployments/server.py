@@ -22,10 +22,12 @@ from tests.postgres import own_databases
 from tests.tiny_models import make_tiny_chat_model
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports() -> tuple[int, int]:
+    """Two different ports: held together, because the system may give one that was let go again."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1]), int(other.getsockname()[1])
 
 
 class Server:
@@ -109,7 +111,8 @@ def installation_with_servers(root: Path) -> Iterator[Server]:
         for name, value in own_databases().items():
             patch.setenv(name, value)
         before = dict(os.environ)
-        settings = Settings(prefect_port=free_port(), mlflow_port=free_port(), grace_seconds=20)
+        prefect, mlflow = free_ports()
+        settings = Settings(prefect_port=prefect, mlflow_port=mlflow, grace_seconds=20)
         services.up(settings)
         try:
             yield Server(settings, root)

@@ -219,7 +219,6 @@ def test_prefect_flow_run_and_mlflow_run_name_each_other(lora: ModelRecord) -> N
     assert flow_run.name == record.id
     assert {f"train:{record.id}", f"mlflow:{record.run_id}"} <= set(flow_run.tags)
     (page,) = (str(artifact.data) for artifact in artifacts if artifact.key == "train-report")
-    assert record.run_id in page
     assert "| Status | completed |" in page
     assert "| Exact accuracy |" in page
 

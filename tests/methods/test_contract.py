@@ -38,7 +38,8 @@ def test_the_example_of_the_docstring_runs_without_any_installed_package(tmp_pat
     file.write_text(textwrap.dedent("    from methods import contract" + lines))
     done = run_alone(tmp_path / "job", file, "-S")
     assert done.returncode == 0, done.stderr
-    assert result_of(tmp_path / "job") == {"status": "completed", "adapter": str(tmp_path / "job" / "output")}
+    product = str(tmp_path / "job" / "output")
+    assert result_of(tmp_path / "job") == {"status": "completed", "model": product, "adapter": True}
     events = EventTail(tmp_path / "job" / contract.EVENTS_FILE).read()
     assert [event["values"]["loss"] for event in events if event["type"] == "metrics"] == [1 / s for s in range(1, 101)]
     assert events[-1]["step"] == events[-1]["total"] == 100
