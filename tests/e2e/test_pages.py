@@ -21,7 +21,7 @@ import pytest
 from configs.records import TrainRecord
 from configs.settings import PROJECT_ROOT, Settings
 from deployments import services
-from tests.deployments.server import free_port
+from tests.deployments.server import free_ports
 from tests.e2e.chromium import find_chromium, flags
 from tests.flows.tiny_trains import processes_naming, wait_for
 from tests.tiny_models import make_tiny_chat_model
@@ -116,7 +116,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         patch.setenv("TUNELINE_HOME", str(root / "home"))
         patch.setenv("OMP_NUM_THREADS", "1")  # a model this small is only slowed down by a second thread
         before = dict(os.environ)
-        settings = Settings(prefect_port=free_port(), mlflow_port=free_port(), grace_seconds=20)
+        prefect, mlflow = free_ports()
+        settings = Settings(prefect_port=prefect, mlflow_port=mlflow, grace_seconds=20)
         services.up(settings)
         try:
             with sync_playwright() as playwright:
