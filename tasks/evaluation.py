@@ -18,6 +18,7 @@ from configs.records import ModelRecord, TrainStatus
 from configs.scoring import RULE_METRICS, RowScores, Scores, ScoringOptions
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
+from tasks.files import read_record
 from tasks.inference import Answer, Generation, answer_prompts
 from tasks.models import logged_model_id
 from tasks.scored_files import slice_name
@@ -224,3 +225,14 @@ def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str 
     table = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
     if table:
         client.log_table(run_id, table, f"evaluation/predictions_{which}.json")
+
+
+def kept_evaluation(folder: Path, which: str) -> Path:
+    """Where the answers of `base` or `tuned` are kept, scored row by row, in the folder of the train."""
+    return folder / f"evaluation_{which}.json"
+
+
+def read_evaluation(folder: Path, which: str) -> Evaluation | None:
+    """The kept answers of `base` or `tuned`; None if that was not scored."""
+    file = kept_evaluation(folder, which)
+    return read_record(file, Evaluation) if file.exists() else None

@@ -31,13 +31,12 @@ from configs.train import Slug, TrainConfig
 from methods.registry import StageName, find_method
 from tasks import deploying, endpoints, events, models, tracking, trains
 from tasks.datasets import add_dataset, find_dataset, resolve_dataset
-from tasks.evaluation import Evaluation, evaluate, keep_evaluation
+from tasks.evaluation import Evaluation, evaluate, keep_evaluation, kept_evaluation
 from tasks.files import read_record, write_record, write_text
 from tasks.inference import Generation
 from tasks.promotion import compare_rows
 from tasks.scoring import score_rows
 from tasks.tracking import code_version
-from tasks.train_report import kept_evaluation
 
 POLICY_FILE = "policy.yaml"
 _ATTEMPT_FILE = "attempt.json"

@@ -6,10 +6,8 @@ from outside (answers, descriptions, log lines) is escaped: it is text, never ma
 
 from __future__ import annotations
 
-import base64
-import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from configs.records import TrainRecord, TrainStatus
 from configs.resolve import DEFAULT, ResolvedTrain, describe
 from configs.scoring import DEFAULT_CONFIDENCE, SCORE_TITLES, PairedDifference, are_scores_of_answers, figure_title
 from methods import contract
-from tasks.evaluation import Evaluation
-from tasks.files import last_lines, read_record
+from tasks import pages
+from tasks.evaluation import Evaluation, read_evaluation
+from tasks.files import last_lines
 from tasks.plots import draw_curves
 from tasks.scored_files import compare_row_scores
 from tasks.scoring import computed_with
@@ -26,41 +25,15 @@ from tasks.stages import EventTail
 
 SAMPLES = 8
 LOG_LINES = 60
-_CELL = 400  # characters of a prompt or answer; the whole one is with the MLflow run
 _DPI = 75  # a picture of about 50 kB: the page fetches it with every artifact of the flow run
-
-
-def kept_evaluation(folder: Path, which: str) -> Path:
-    """Where the answers of `base` or `tuned` are kept, scored row by row, in the folder of the train."""
-    return folder / f"evaluation_{which}.json"
-
-
-def read_evaluation(folder: Path, which: str) -> Evaluation | None:
-    """The kept answers of `base` or `tuned`; None if that was not scored."""
-    file = kept_evaluation(folder, which)
-    return read_record(file, Evaluation) if file.exists() else None
 
 
 def train_report(record: TrainRecord, status: TrainStatus, folder: Path, links: Mapping[str, str]) -> str:
     """The page of a train as Markdown; `folder` is the train's own, `links` are addresses by their names."""
-    parts = [f"# {_text(record.id)}", _summary(record, status, links), "## Overview", _parameters(record)]
+    parts = [f"# {pages.text(record.id)}", _summary(record, status, links), "## Overview", _parameters(record)]
     if status != "running":
         parts += ["## Evaluation", *_evaluation(record, folder), "## Log", _log(folder / "training")]
     return "\n\n".join(parts) + "\n"
-
-
-def as_html(markdown: str, title: str) -> str:
-    """The same page as HTML that needs nothing beside it; for the files of the MLflow run."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
-    style = (
-        "body{font:14px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;vertical-align:top}"
-        "img{max-width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}"
-    )
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"
-    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
 # --- overview ----------------------------------------------------------------------------------------------
@@ -79,9 +52,11 @@ def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str])
         "Attempts": str(record.attempts) if record.attempts > 1 else None,
         **{_OUTCOMES.get(name, name): f"{value:g}" for name, value in record.outcome.items()},
     }
-    table = _table(("Train", _text(record.id)), [(name, _cell(value)) for name, value in rows.items() if value])
+    table = pages.table(
+        ("Train", pages.text(record.id)), [(name, pages.cell(value)) for name, value in rows.items() if value]
+    )
     linked = " · ".join(f"[{name}]({address})" for name, address in links.items())
-    warnings = [f"- Warning: {_text(warning)}" for warning in record.warnings]
+    warnings = [f"- Warning: {pages.text(warning)}" for warning in record.warnings]
     return "\n\n".join(filter(None, [table, linked, "\n".join(warnings)]))
 
 
@@ -91,12 +66,15 @@ _OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean t
 def _parameters(record: TrainRecord) -> str:
     """What somebody has set, then, folded, the rest."""
     described = describe(ResolvedTrain(config=record.config, origins=record.origins))
-    rows = [(name.removeprefix("hyperparameters."), _cell(value), _cell(origin)) for name, value, origin in described]
+    rows = [
+        (name.removeprefix("hyperparameters."), pages.cell(value), pages.cell(origin))
+        for name, value, origin in described
+    ]
     columns = ("Parameter", "Value", "From")
     given = [row for row in rows if row[2] != DEFAULT]
     defaults = [row for row in rows if row[2] == DEFAULT]
     folded = f"<details><summary>{len(defaults)} parameters at their defaults</summary>"
-    return "\n\n".join([_table(columns, given), folded, _table(columns, defaults), "</details>"])
+    return "\n\n".join([pages.table(columns, given), folded, pages.table(columns, defaults), "</details>"])
 
 
 # --- evaluation --------------------------------------------------------------------------------------------
@@ -121,8 +99,7 @@ def _picture(folder: Path, title: str) -> str:
     picture = folder / "curves_small.png"
     if not draw_curves(events, picture, title, dpi=_DPI):
         return "There is no curve yet: the training has not taken a step."
-    data = base64.b64encode(picture.read_bytes()).decode("ascii")
-    return f"![Curves of the training](data:image/png;base64,{data})"
+    return pages.picture(picture, "Curves of the training")
 
 
 _WHICH = {"base": "Before (base model)", "tuned": "After (fine-tuned)"}
@@ -142,8 +119,8 @@ def _scores(evaluation: Mapping[str, Mapping[str, float]], found: Mapping[str, E
             change = [f"{values[1] - values[0]:+.2f}{_interval(changes.get(key))}"] if both else []
             rows.append((title, *(f"{value:.2f}" for value in values), *change))
     columns = ("Score in percent", *(_WHICH[each] for each in which), *(["Change"] if both else []))
-    computed = next((f"\n\n{_text(computed_with(each.scores))}" for each in found.values()), "")
-    return _table(columns, rows) + computed
+    computed = next((f"\n\n{pages.text(computed_with(each.scores))}" for each in found.values()), "")
+    return pages.table(columns, rows) + computed if rows else ""
 
 
 def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
@@ -151,8 +128,8 @@ def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
     base, tuned = evaluation.get("base", {}), evaluation.get("tuned", {})
     names = [] if any(map(are_scores_of_answers, (base, tuned))) else list({**base, **tuned})
     shown = {name: [f"{each[name]:.4g}" if name in each else "" for each in (base, tuned)] for name in names}
-    rows = [(_text(figure_title(name)), *values) for name, values in shown.items()]
-    return _table(("Figure", *_WHICH.values()), rows) if rows else ""
+    rows = [(pages.text(figure_title(name)), *values) for name, values in shown.items()]
+    return pages.table(("Figure", *_WHICH.values()), rows) if rows else ""
 
 
 def _changes(found: Mapping[str, Evaluation]) -> dict[str, PairedDifference]:
@@ -181,8 +158,8 @@ def _slices(found: Mapping[str, Evaluation]) -> list[str]:
         for value in next(iter(parts.values())):
             scored = [parts[which].get(value) for which in parts]
             told = [f"{getattr(each, figure):.2f}" if each else "" for figure in _SLICED for each in scored]
-            rows.append((_cell(value), str(scored[0].rows if scored[0] else ""), *told))
-        tables.append(_table((_cell(column), "Rows", *names), rows))
+            rows.append((pages.cell(value), str(scored[0].rows if scored[0] else ""), *told))
+        tables.append(pages.table((pages.cell(column), "Rows", *names), rows))
     return tables
 
 
@@ -198,17 +175,17 @@ def _samples(found: Mapping[str, Evaluation]) -> list[str]:
     for index, row in enumerate(rows):
         kept = [found[which].predictions if which in found else [] for which in _WHICH]
         answers = [_answer(each[index]) if index < len(each) else "" for each in kept]
-        table.append((_cell(row["prompt"]), _cell(row["reference"]), *answers))
+        table.append((pages.cell(row["prompt"]), pages.cell(row["reference"]), *answers))
     columns = ("Prompt", "Expected", "Base model's answer", "Fine-tuned answer")
     return [
         f"The first {len(rows)} evaluation rows (✓ as expected, ✗ not); all are among the run's files in MLflow.",
-        _table(columns, table),
+        pages.table(columns, table),
     ]
 
 
 def _answer(row: Mapping[str, Any]) -> str:
     cut = " (cut at the limit)" if row["hit_limit"] else ""
-    return f"{'✓' if row['exact'] else '✗'} {_cell(row['prediction'])}{cut}"
+    return f"{'✓' if row['exact'] else '✗'} {pages.cell(row['prediction'])}{cut}"
 
 
 # --- log and text ------------------------------------------------------------------------------------------
@@ -222,22 +199,3 @@ def _log(folder: Path) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"The last {len(lines)} lines of the training:\n\n{fence}text\n" + "\n".join(lines) + f"\n{fence}"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: str) -> str:
-    """Text for one cell of a table: on one line, not longer than a page can show."""
-    short = value if len(value) <= _CELL else f"{value[:_CELL]}… ({len(value)} characters)"
-    return "<br>".join(_text(line) for line in short.strip().splitlines())
-
-
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
-
-
-def _text(value: str) -> str:
-    """Text that Markdown and HTML leave as it is."""
-    return _MARKUP.sub(r"\\\1", html.escape(value, quote=False))

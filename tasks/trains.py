@@ -27,16 +27,17 @@ from tasks import cancelling, models, tracking
 from tasks.checking import DATASETS, check_method, wanted_rows
 from tasks.datasets import find_dataset, resolve_dataset, write_split
 from tasks.environments import packages_of
-from tasks.evaluation import evaluate, keep_evaluation
+from tasks.evaluation import evaluate, keep_evaluation, kept_evaluation
 from tasks.files import read_record, write_record, write_text
 from tasks.gpus import Withdrawn, borrowing_slot, release_slots, take_slots, wanted_gpus, withdraw_ticket
 from tasks.inference import Generation, inference_stage
 from tasks.measuring import TEXT_KINDS, keep_measurement, measure
 from tasks.method_inputs import copied_files, fixed_models, method_inputs, with_copied_files
+from tasks.pages import as_html
 from tasks.plots import draw_curves
 from tasks.scoring import scoring_options
 from tasks.stages import EventTail, StageCancelled, StageJob, locked, run_stage
-from tasks.train_report import as_html, kept_evaluation, train_report
+from tasks.train_report import train_report
 
 RECORD_FILE = "train.json"
 _NOT_KEPT = "not_kept.txt"  # in a training folder: its files are not, or not all, with the MLflow run

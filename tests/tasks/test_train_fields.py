@@ -16,7 +16,7 @@ from deployments import alerts
 from tasks import models, resuming, tracking, trains
 from tasks.checking import check_train
 from tasks.datasets import find_dataset
-from tasks.train_report import read_evaluation
+from tasks.evaluation import read_evaluation
 from tests.own_methods import install_method
 
 ROWS = [{"question": f"what is {n} and {n}", "answer": str(2 * n)} for n in range(12)]

@@ -11,8 +11,10 @@ from configs.records import TrainRecord
 from configs.scoring import ScoringOptions
 from configs.train import Hyperparameters, TrainConfig
 from methods import contract
+from tasks.evaluation import kept_evaluation
 from tasks.files import write_record
-from tasks.train_report import as_html, kept_evaluation, train_report
+from tasks.pages import as_html
+from tasks.train_report import train_report
 from tests.evaluations import evaluation_of
 
 HOSTILE = "<script>alert(1)</script> | **bold** ![x](http://x/y.png)"
