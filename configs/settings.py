@@ -111,6 +111,11 @@ class Settings(BaseSettings):
         return self.root / "retraining"
 
     @property
+    def evaluations(self) -> Path:
+        """Models side by side: a folder each, with its report and its table of rows."""
+        return self.root / "evaluations"
+
+    @property
     def methods(self) -> Path:
         """Training methods that were added: a folder each, named by the method."""
         return self.root / "methods"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from configs.scoring import RULE_METRICS, RowScores, Scores, ScoringOptions
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
 from tasks.files import read_record
-from tasks.inference import Answer, Generation, answer_prompts
+from tasks.inference import Answer, Generation, answer_requests
 from tasks.models import logged_model_id
 from tasks.scored_files import slice_name
 from tasks.scoring import score_rows, summarise
@@ -36,7 +37,13 @@ class Evaluation(BaseModel):
     hit_limit: int
     perplexity: float | None = Field(default=None, description="Of the references, by token; None: not asked for.")
     predictions: list[dict[str, Any]]
-    row_scores: list[RowScores] = Field(default_factory=list, description="Of each row, in the same order.")
+    row_scores: list[RowScores] = Field(
+        default_factory=list, description="Of each answer, in the same order; `row` counts the dataset's rows."
+    )
+    run_id: str | None = Field(default=None, description="MLflow run, if it was recorded in one of its own.")
+    failed: dict[int, str] = Field(
+        default_factory=dict, description="Rows (from 1) that got no answer, and why; they are in no score."
+    )
 
     @property
     def figures(self) -> dict[str, float]:
@@ -62,54 +69,91 @@ def evaluate(
     the row's own answers are.
     """
     rows = read_rows(version.path, samples)
-    conversations = [row["messages"] for row in rows]
-    references = [messages[-1]["content"] for messages in conversations] if perplexity else None
-    prompts = [messages[:-1] for messages in conversations]
-    answers = answer_prompts(model, prompts, generation, on_events, references)
+    requests = [_request(row, version.path.parent) for row in rows]
+    if perplexity:
+        for row, request in zip(rows, requests, strict=True):
+            request["reference"] = text_of(row["messages"][-1])
+    answers = [Answer.model_validate(each) for each in answer_requests(model, requests, generation, on_events)]
     return score_answers(model.name, version, rows, answers, options)
+
+
+def _request(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What an inference stage is asked for a stored row: all but its last message, and the images shown so far."""
+    asked = row["messages"][:-1]
+    if "images" not in row:
+        return {"messages": asked}
+    shown = sum(
+        part["type"] == "image"
+        for message in asked
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
+    return {"messages": asked, "images": [str(folder / image) for image in row["images"][:shown]]}
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a message says, without its images."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def score_answers(
     model: str,
     version: DatasetVersion,
-    rows: Sequence[dict[str, Any]],
-    answers: Sequence[Answer],
+    rows: Sequence[Mapping[str, Any]],
+    answers: Sequence[Answer | UserError],
     options: ScoringOptions | None = None,
 ) -> Evaluation:
-    """Score the answers to the last turns of stored rows, overall and by the columns that the options name."""
+    """Score the answers to the last turns of stored rows, overall and by the columns that the options name.
+
+    Rows without an answer are counted and left out. Raises the first one's error if there is no answer at all.
+    """
     options = options or ScoringOptions()
     stop_words = read_stop_words(options.stop_words)
-    references = [row["messages"][-1]["content"] for row in rows]
-    scored = score_rows(zip((answer.answer for answer in answers), references, strict=True), stop_words)
-    predictions = [
-        {
-            "prompt": row["messages"][-2]["content"] if len(row["messages"]) > 1 else "",
-            "reference": row["messages"][-1]["content"],
-            "prediction": answer.answer,
-            "exact": figures.accuracy == 100.0,
-            "hit_limit": answer.hit_limit,
-            **({"extra": row["extra"]} if row.get("extra") else {}),
-        }
-        for row, answer, figures in zip(rows, answers, scored, strict=True)
+    numbered = list(enumerate(zip(rows, answers, strict=True), start=1))
+    answered = [(number, row, answer) for number, (row, answer) in numbered if isinstance(answer, Answer)]
+    failures = {number: answer for number, (_, answer) in numbered if isinstance(answer, UserError)}
+    if failures and not answered:
+        raise next(iter(failures.values()))
+    pairs = [(answer.answer, text_of(row["messages"][-1])) for _, row, answer in answered]
+    scored = [
+        each.model_copy(update={"row": number})
+        for each, (number, _, _) in zip(score_rows(pairs, stop_words), answered, strict=True)
     ]
+    kept = [row for _, row, _ in answered]
+    by = {column: _column(kept, column, version) for column in options.by}
     return Evaluation(
         model=model,
         dataset=version.reference,
-        scores=summarise(
-            scored,
-            stop_words,
-            confidence=options.confidence,
-            by={column: _column(rows, column, version) for column in options.by},
-        ),
+        scores=summarise(scored, stop_words, confidence=options.confidence, by=by),
         rows=len(scored),
-        hit_limit=sum(answer.hit_limit for answer in answers),
-        perplexity=_perplexity(answers),
-        predictions=predictions,
+        hit_limit=sum(answer.hit_limit for _, _, answer in answered),
+        perplexity=_perplexity([answer for _, _, answer in answered]),
+        predictions=[
+            _prediction(number, row, answer, figures)
+            for (number, row, answer), figures in zip(answered, scored, strict=True)
+        ],
         row_scores=scored,
+        failed={number: str(error) for number, error in failures.items()},
     )
 
 
-def _column(rows: Sequence[dict[str, Any]], column: str, version: DatasetVersion) -> list[str]:
+def _prediction(number: int, row: Mapping[str, Any], answer: Answer, figures: RowScores) -> dict[str, Any]:
+    messages = row["messages"]
+    return {
+        "row": number,
+        "prompt": text_of(messages[-2]) if len(messages) > 1 else "",
+        "reference": text_of(messages[-1]),
+        "prediction": answer.answer,
+        "exact": figures.accuracy == 100.0,
+        "hit_limit": answer.hit_limit,
+        **({"extra": row["extra"]} if row.get("extra") else {}),
+    }
+
+
+def _column(rows: Sequence[Mapping[str, Any]], column: str, version: DatasetVersion) -> list[str]:
     """The values of a further column of the stored rows, one a row."""
     known = sorted({name for row in rows for name in row.get("extra", {})})
     if column not in known:
@@ -152,20 +196,32 @@ def evaluate_and_record(
     options: ScoringOptions | None = None,
     *,
     perplexity: bool = False,
+    tags: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Score a model in an MLflow run of its own: scores, predictions, the dataset, the model's name."""
     outcome = evaluate(model, version, generation, samples, on_events, options, perplexity=perplexity)
-    tags = {"tuneline.model": model.name, "tuneline.dataset": version.reference}
-    run_id = tracking.start_run(f"{model.name} on {version.name}", "evaluation", tags)
+    named = {"tuneline.model": model.name, **(tags or {})}
+    with recording(model.name, version, named, {"model": model.name, **generation.model_dump()}) as run_id:
+        keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base", logged_model_id(model))
+    return outcome.model_copy(update={"run_id": run_id})
+
+
+@contextmanager
+def recording(
+    name: str, version: DatasetVersion, tags: Mapping[str, str], parameters: Mapping[str, Any]
+) -> Iterator[str]:
+    """An MLflow run of an evaluation on a dataset version; yields its id and closes it, whichever way it ends."""
+    run_id = tracking.start_run(
+        f"{name} on {version.name}", "evaluation", {"tuneline.dataset": version.reference, **tags}
+    )
     status: TrainStatus = "failed"
     try:
-        tracking.log_parameters(run_id, {"model": model.name, "dataset": version.reference, **generation.model_dump()})
+        tracking.log_parameters(run_id, {**parameters, "dataset": version.reference})
         tracking.log_dataset(run_id, version, "evaluation")
-        keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base", logged_model_id(model))
+        yield run_id
         status = "completed"
     finally:
         tracking.end_run(run_id, status)
-    return outcome
 
 
 def evaluate_endpoint(
@@ -175,10 +231,13 @@ def evaluate_endpoint(
     samples: int = -1,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
     options: ScoringOptions | None = None,
+    *,
+    tags: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Score what is deployed at an endpoint by asking it, as its users do; recorded below the model's own run.
 
-    Raises UserError if nothing is deployed there or if it does not answer.
+    Rows that it does not answer are counted and left out. Raises UserError if nothing is deployed there or if it
+    answers none.
     """
     deployment = endpoint.current_deployment
     if deployment is None:
@@ -187,31 +246,23 @@ def evaluate_endpoint(
     rows = read_rows(version.path, samples)
     answers = ask_endpoint(endpoint, [row["messages"][:-1] for row in rows], generation, on_events)
     outcome = score_answers(deployment.model, version, rows, answers, options)
-    tags = {
+    named = {
         "tuneline.model": model.name,
         "tuneline.deployed_model": deployment.model,
         "tuneline.endpoint": endpoint.name,
-        "tuneline.dataset": version.reference,
         **({"mlflow.parentRunId": model.run_id} if model.run_id else {}),
+        **(tags or {}),
     }
-    run_id = tracking.start_run(f"{deployment.model} on {version.name}", "evaluation", tags)
-    status: TrainStatus = "failed"
-    try:
-        parameters = {
-            "model": deployment.model,
-            "target": deployment.target,
-            "quantization": deployment.quantization or "none",
-            "dataset": version.reference,
-            "max_new_tokens": generation.max_new_tokens,
-            "temperature": generation.temperature,
-        }
-        tracking.log_parameters(run_id, parameters)
-        tracking.log_dataset(run_id, version, "evaluation")
+    parameters = {
+        "model": deployment.model,
+        "target": deployment.target,
+        "quantization": deployment.quantization or "none",
+        "max_new_tokens": generation.max_new_tokens,
+        "temperature": generation.temperature,
+    }
+    with recording(deployment.model, version, named, parameters) as run_id:
         keep_evaluation(run_id, outcome, "deployed")
-        status = "completed"
-    finally:
-        tracking.end_run(run_id, status)
-    return outcome
+    return outcome.model_copy(update={"run_id": run_id})
 
 
 def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str | None = None) -> None:

@@ -53,16 +53,9 @@ def answer_prompts(
     conversations: Sequence[list[Message]],
     generation: Generation,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
-    references: Sequence[str] | None = None,
 ) -> list[Answer]:
-    """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled.
-
-    With `references`, one a conversation, each answer also says how likely the model finds its reference; a custom
-    method's stage may not tell.
-    """
-    asked: list[dict[str, Any]] = [{"messages": messages} for messages in conversations]
-    for request, reference in zip(asked, references or (), strict=references is not None):
-        request["reference"] = reference
+    """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled."""
+    asked = [{"messages": messages} for messages in conversations]
     return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
 
 

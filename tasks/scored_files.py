@@ -93,10 +93,12 @@ def compare_row_scores(
     confidence: float,
     metrics: Sequence[str] = RULE_METRICS,
 ) -> list[PairedDifference]:
-    """Two models by each metric; the JSON figures over the rows whose reference is JSON."""
+    """Two models by each metric, on the rows that both have; the JSON figures over those whose reference is JSON."""
+    others = {row.row: row for row in second}
+    both = [(row, others[row.row]) for row in first if row.row in others]
     found = []
     for metric in metrics:
-        pairs = [(getattr(one, metric), getattr(other, metric)) for one, other in zip(first, second, strict=True)]
+        pairs = [(getattr(one, metric), getattr(other, metric)) for one, other in both]
         told = [(before, after) for before, after in pairs if before is not None and after is not None]
         if len(told) >= 2:
             before, after = zip(*told, strict=True)

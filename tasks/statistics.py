@@ -67,12 +67,16 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     Of the rows on which just one is right, how many are the second's: a binomial test with one half, two-sided.
     Rows count as right if their value is not 0. 1 if there is no such row.
     """
-    from scipy.stats import binomtest
-
     only_first = sum(bool(before) and not after for before, after in zip(first, second, strict=True))
     only_second = sum(bool(after) and not before for before, after in zip(first, second, strict=True))
-    discordant = only_first + only_second
-    return float(binomtest(only_second, discordant, 0.5).pvalue) if discordant else 1.0
+    return sign_test(only_second, only_first)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The exact two-sided p of so many wins and losses if both were equally likely; 1 if there are none."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
 
 
 def paired_difference(

@@ -135,7 +135,7 @@ def _figures(evaluation: Mapping[str, Mapping[str, float]]) -> str:
 def _changes(found: Mapping[str, Evaluation]) -> dict[str, PairedDifference]:
     """What training has changed, by metric; nothing if not both models were scored row by row."""
     rows = [found[which].row_scores for which in _WHICH if which in found]
-    if len(rows) < len(_WHICH) or len(rows[0]) != len(rows[1]):
+    if len(rows) < len(_WHICH):
         return {}
     compared = compare_row_scores(rows[0], rows[1], DEFAULT_CONFIDENCE)
     return {each.metric: each for each in compared}

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.datasets import add_dataset
 from tasks.evaluation import evaluate, read_rows
-from tasks.inference import Generation, answer_prompts
+from tasks.inference import Generation, answer_prompts, answer_requests
 from tasks.models import find_model
 
 
@@ -35,11 +35,10 @@ def test_perplexity_is_that_of_the_references_over_all_tokens(home: Path, tiny_m
     version = add_dataset(tmp_path / "rows.jsonl")
     model, generation = find_model(str(tiny_model)), Generation(max_new_tokens=2)
     asked = [row["messages"] for row in read_rows(version.path, -1)]
-    told = answer_prompts(
-        model, [each[:-1] for each in asked], generation, references=[each[-1]["content"] for each in asked]
-    )
-    tokens = sum(answer.reference_tokens for answer in told)
-    likelihood = sum(answer.reference_logprob or 0.0 for answer in told)
+    requests = [{"messages": each[:-1], "reference": each[-1]["content"]} for each in asked]
+    told = answer_requests(model, requests, generation)
+    tokens = sum(answer["reference_tokens"] for answer in told)
+    likelihood = sum(answer["reference_logprob"] for answer in told)
     found = evaluate(model, version, generation, perplexity=True)
     assert found.perplexity == pytest.approx(math.exp(-likelihood / tokens))
     assert found.figures["perplexity"] == found.perplexity > 1
