@@ -9,7 +9,7 @@ import typer
 
 from configs.errors import UserError
 from configs.scoring import SCORE_TITLES
-from flows.printing import print_fields, print_json, print_table
+from flows.printing import print_fields, print_json, print_table, print_warning
 
 if TYPE_CHECKING:
     from configs.endpoints import Endpoint, EndpointStatus, Verification
@@ -115,7 +115,10 @@ def evaluate(
         with terminal_line(f"evaluating {endpoint.name}") as follow:
             outcomes.append(evaluate_endpoint(endpoint, version, generation, samples, follow))
     if json_:
-        told = ({"model": item.model, "dataset": item.dataset, **item.scores.model_dump()} for item in outcomes)
+        told = (
+            {"model": item.model, "dataset": item.dataset, **item.scores.model_dump(), "failed": item.failed}
+            for item in outcomes
+        )
         print_json([{"endpoint": one.name, **scores} for one, scores in zip(found, told, strict=True)])
         return
     for endpoint, outcome in zip(found, outcomes, strict=True):
@@ -126,6 +129,10 @@ def evaluate(
         if name in outcomes[0].figures
     ]
     print_table(("Score in percent", *(endpoint.name for endpoint in found)), rows, "nothing was scored")
+    for endpoint, outcome in zip(found, outcomes, strict=True):
+        if outcome.failed:
+            reason = next(iter(outcome.failed.values()))
+            print_warning(f"{endpoint.name} answered {outcome.rows} rows, {len(outcome.failed)} failed: {reason}")
     print(f"{outcomes[0].rows} rows of {outcomes[0].dataset}; {outcomes[0].scores.tokeniser}")
 
 

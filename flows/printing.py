@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from configs.scoring import PairedDifference, Scores
 
-SLICE_FIGURES = ("accuracy", "contains", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu_4")
+MAIN_FIGURES = ("accuracy", "contains", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu_4")
 _GAP = 2
 _SHORT = 20
 
@@ -162,9 +162,9 @@ def print_mean_scores(scores: Scores, figures: Mapping[str, float], name: str) -
     for column, parts in scores.slices.items():
         print()
         sliced = [
-            (value, part.rows, *(f"{getattr(part, key):.2f}" for key in SLICE_FIGURES)) for value, part in parts.items()
+            (value, part.rows, *(f"{getattr(part, key):.2f}" for key in MAIN_FIGURES)) for value, part in parts.items()
         ]
-        print_table((column, "Rows", *(SCORE_TITLES[key] for key in SLICE_FIGURES)), sliced, "no rows")
+        print_table((column, "Rows", *(SCORE_TITLES[key] for key in MAIN_FIGURES)), sliced, "no rows")
     print()
     print(f"{scores.rows} rows, {scores.empty_predictions} of them without an answer; {computed_with(scores)}")
 

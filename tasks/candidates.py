@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from configs.datasets import DatasetVersion
+from configs.datasets import DatasetVersion, Kind
 from configs.endpoints import Endpoint
 from configs.errors import UserError
 from configs.records import ModelRecord
 from configs.scoring import ScoringOptions
+from methods.registry import find_method
 from tasks import evaluation
 from tasks.asking import ask_endpoint
 from tasks.endpoints import list_endpoints, load_endpoint
@@ -30,6 +31,11 @@ class Candidate:
     name: str
     model: ModelRecord | None = None
     endpoint: Endpoint | None = None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of rows that it can be evaluated on; an endpoint is asked conversations."""
+        return ("chat",) if self.model is None else find_method(self.model.method).evaluated_kinds
 
     def evaluate(
         self,
@@ -72,15 +78,20 @@ class Candidate:
         return self.endpoint
 
 
-def find_candidates(references: Sequence[str]) -> list[Candidate]:
+def find_candidates(references: Sequence[str], method: str | None = None) -> list[Candidate]:
     """The candidates of these names; a name that is no model's is looked for among the endpoints.
 
-    `endpoint:NAME` is the endpoint, where a train has the same name. Raises UserError for a name that is neither, for
+    `endpoint:NAME` is the endpoint, where a train has the same name. `method` is the one that asks base models,
+    by default that of their type. Raises UserError for a name that is neither, for
     one named twice, and for more than `MOST`.
     """
     if len(references) > MOST:
         raise UserError(f"{len(references)} candidates are too many", field="MODEL", expected=f"at most {MOST}")
-    found = [_find(reference) for reference in references]
+    found = [_find(reference, method) for reference in references]
+    if method is not None and not any(each.model is not None and each.model.stage == "base" for each in found):
+        raise UserError(
+            "none of these is a base model; the others are asked by their own", field="--method", value=method
+        )
     names = [candidate.name for candidate in found]
     for name in names:
         if names.count(name) > 1:
@@ -88,7 +99,7 @@ def find_candidates(references: Sequence[str]) -> list[Candidate]:
     return found
 
 
-def _find(reference: str) -> Candidate:
+def _find(reference: str, method: str | None) -> Candidate:
     if reference.startswith(PREFIX):
         return _of_endpoint(load_endpoint(reference.removeprefix(PREFIX)))
     try:
@@ -98,6 +109,8 @@ def _find(reference: str) -> Candidate:
         if endpoint is None:
             raise
         return _of_endpoint(load_endpoint(endpoint))
+    if method is not None and model.stage == "base":
+        model = model.model_copy(update={"method": find_method(method).name})
     return Candidate(model.name, model=model)
 
 
