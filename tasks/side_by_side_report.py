@@ -41,7 +41,7 @@ def _overview(found: SideBySide) -> str:
 def _outcome(outcome: Outcome) -> str:
     evaluation = outcome.evaluation
     if evaluation is None:
-        return f"failed: {pages.cell(outcome.error or '')}"
+        return f"failed: {pages.cell((outcome.error or '').partition(chr(10))[0])}"
     failed = f", {len(evaluation.failed)} rows failed" if evaluation.failed else ""
     return f"{evaluation.rows} rows answered{failed}"
 
