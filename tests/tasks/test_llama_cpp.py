@@ -23,7 +23,7 @@ from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, Settings
 from tasks import endpoints
 from tasks.base_models import fetch_base_model
-from tasks.llama_cpp import install
+from tasks.llama_cpp import install, installed
 from tasks.model_server import is_alive
 from tests.tiny_models import greedy_answer, make_tiny_adapter, prompt_tokens
 
@@ -117,6 +117,17 @@ def ask(record: Endpoint, *, stream: bool = False, key: str = "none needed") -> 
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert sum(bool(piece) for piece in pieces) > 1
     return "".join(pieces).strip()
+
+
+def test_another_file_than_the_known_one_is_not_built(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNELINE_LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    monkeypatch.setattr("tasks.llama_cpp.SHA256", "0" * 64)
+    with pytest.raises(UserError, match="could not be built"):
+        install()
+    assert "Expected sha256 0000" in (tmp_path / "llama.cpp" / "build.log").read_text(encoding="utf-8")
+    assert installed() is None
 
 
 @pytest.mark.parametrize("quantization", KINDS)
