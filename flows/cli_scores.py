@@ -93,7 +93,7 @@ def evaluate(
         bool, typer.Option("--perplexity", help="Ask the models as well how likely they find the references.")
     ] = False,
     judge: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A judge, as configs/examples/judge.yaml describes one.")
+        Path | None, typer.Option(metavar="FILE", help="A judge, as configs/judges/commands.yaml describes one.")
     ] = None,
     metric: Annotated[
         str, typer.Option(help="Figure by which the rows that changed most are found, such as rouge_l.")

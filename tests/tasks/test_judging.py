@@ -145,7 +145,7 @@ def test_pairs_are_shown_in_both_orders_and_the_order_decides_nothing() -> None:
 
 
 def test_a_judge_of_a_file(tmp_path: Path) -> None:
-    shipped = read_judge(PROJECT_ROOT / "configs" / "examples" / "judge.yaml")
+    shipped = read_judge(PROJECT_ROOT / "configs" / "judges" / "commands.yaml")
     assert not shipped.compares
     file = tmp_path / "judge.yaml"
     file.write_text("address: http://host/v1/chat/completions\nmodel: m\nprompt: compare\n")
