@@ -5,13 +5,14 @@ STAMP := $(VENV)/.installed
 SOURCES := configs deployments flows methods tasks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo test-methods test-targets test-operations test-e2e test-postgres lint format clean
+.PHONY: help setup demo test test-demo test-lifecycle test-methods test-targets test-operations test-e2e test-postgres lint format clean
 
 help:
 	@echo "make setup   create $(VENV) with the tuneline command in it (PYTHON=... chooses the interpreter)"
 	@echo "make demo    fine-tune, evaluate, merge, deploy and ask a small real model"
 	@echo "make test    lint, type check and the tests that need neither a model nor a GPU"
 	@echo "make test-demo  the demo on the real model, and its figures"
+	@echo "make test-lifecycle  whole trains by flows and commands: the README's tour, every path, kills, retraining"
 	@echo "make test-methods  every training method through every stage, each in its own environment"
 	@echo "make test-targets  llama.cpp built and serving, Ollama's interface, the demo's model quantised"
 	@echo "make test-e2e  a real browser on the pages: form, progress, copy, compare, cancel; pictures in build/e2e"
@@ -38,7 +39,7 @@ demo: setup
 # Two test files side by side, each with one thread a process: two processes of two threads on two cores wait for
 # each other at every step, and take ten times as long.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not (slow or operations or e2e or methods or targets)' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not (slow or lifecycle or operations or e2e or methods or targets)' -n 2 --dist loadfile
 
 test-demo: setup
 	$(BIN)/python -m pytest -m slow
@@ -48,6 +49,9 @@ test-e2e: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,e2e]'
 	CHROMIUM='$(CHROMIUM)' $(BIN)/python -m tests.e2e.chromium
 	CHROMIUM='$(CHROMIUM)' OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e -x
+
+test-lifecycle: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m lifecycle
 
 # Each in the environment that its method names, which `tuneline envs create` makes of the method's own file.
 test-methods: setup

@@ -141,6 +141,7 @@ def _add_channels(bench: Bench) -> None:
     printed(bench.run("alerts", "add", "boss", "--mail", *server, *people, TUNELINE_ALERT_PASSWORD=PASSWORD))
 
 
+@pytest.mark.operations
 def test_success_is_told_once_to_each_and_a_dead_receiver_does_no_harm(bench: Bench) -> None:
     (told,) = bench.train("lights", evaluation_dataset=str(bench.root / "test.jsonl"))
     record = bench.record("lights")
@@ -156,6 +157,7 @@ def test_success_is_told_once_to_each_and_a_dead_receiver_does_no_harm(bench: Be
     assert mail["To"] == "boss@lab.example"
 
 
+@pytest.mark.operations
 def test_failure_is_told_once_with_its_reason_as_valid_json(bench: Bench) -> None:
     bad = bench.root / 'ba"d.jsonl'
     bad.write_text('{"prompt": "one", "completion": "two"}\n{"prompt": "no answer"}\n', encoding="utf-8")
@@ -204,6 +206,7 @@ def test_cancel_is_told_as_a_cancel_and_not_as_a_failure(bench: Bench) -> None:
     assert (told["kind"], told["state"]) == ("cancelled", "Cancelled")
 
 
+@pytest.mark.operations
 def test_promotion_is_told_to_its_subscribers(bench: Bench) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -223,6 +226,7 @@ def test_promotion_is_told_to_its_subscribers(bench: Bench) -> None:
     assert not bench.told("/team/", "nightly_1")
 
 
+@pytest.mark.operations
 def test_unknown_channel_is_refused_before_anything_is_begun(bench: Bench) -> None:
     before = files_below(bench.home / "trains")
     file = train_file(bench.root, "nobody", alerts=[{"to": "hock", "on": "failed"}])
@@ -275,6 +279,7 @@ def test_without_a_standing_server_the_train_itself_tells(bench: Bench) -> None:
     assert not bench.mails("alone")
 
 
+@pytest.mark.operations
 def test_secrets_lie_nowhere_in_clear(bench: Bench) -> None:
     """The last test of this file: everything that was written by then."""
     secrets = [PASSWORD.encode(), HOOK_KEY.encode()]

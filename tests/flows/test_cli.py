@@ -296,6 +296,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
         time.sleep(0.1)
 
 
+@pytest.mark.lifecycle
 def test_cancelled_train_keeps_its_checkpoint_and_is_resumed_to_its_end(place: Place, trained: str) -> None:
     slow = ["--set", "name=slow", "--set", "max_steps=600", "--set", "evaluation_dataset=null"]
     process = subprocess.Popen(
@@ -346,6 +347,7 @@ def test_complete_model_is_listed_and_verified(place: Place, complete_name: str)
     assert mine[complete_name]["verification"]
 
 
+@pytest.mark.lifecycle
 def test_models_are_deployed_rolled_back_and_undeployed(place: Place, complete_name: str) -> None:
     customized = place.json("models", "show", complete_name)["parent"]
     first = place.text("deploy", customized, "--endpoint", "lamps")

@@ -103,6 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.lifecycle
 @pytest.mark.parametrize(
     ("name", "file", "rows", "columns"),
     [

@@ -296,6 +296,7 @@ def test_customized_and_complete_model_answer_alike_at_one_endpoint_and_roll_bac
 # base → customized → complete → deployed, on a base held in 4 bits
 
 
+@pytest.mark.lifecycle
 def test_4bit_train_goes_through_to_an_endpoint_that_answers(place: Place) -> None:
     from flows.deployed import deployed
 
@@ -314,6 +315,7 @@ def test_4bit_train_goes_through_to_an_endpoint_that_answers(place: Place) -> No
 # base → complete, and complete → deployed
 
 
+@pytest.mark.lifecycle
 def test_full_train_gives_a_complete_model_that_is_scored_and_answers(full: ModelRecord) -> None:
     assert re.fullmatch(r"tiny_full_\d{8}_[0-9a-f]{4}_s_[0-9a-f]{4}", full.name)
     assert (full.stage, full.adapter) == ("complete", False)
@@ -327,6 +329,7 @@ def test_full_train_gives_a_complete_model_that_is_scored_and_answers(full: Mode
 # base → deployed
 
 
+@pytest.mark.lifecycle
 def test_base_model_is_deployed_as_it_is(place: Place, lora: ModelRecord) -> None:
     endpoint = deploy(str(place.root / "tiny"))
     assert endpoint.name == "tiny"

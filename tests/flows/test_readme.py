@@ -46,6 +46,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "TUNELINE_HOME": str(home), **ports}
 
 
+@pytest.mark.lifecycle
 def test_the_tour_runs_from_its_first_command_to_its_last(environment: dict[str, str]) -> None:
     commands = _tour()
     assert len(commands) > 15

@@ -115,7 +115,7 @@ def assert_no_half_made_model(place: Place) -> None:
         assert (folder / models.RECORD_FILE).is_file(), folder
 
 
-@pytest.mark.parametrize("victim", ["parent", "both"])
+@pytest.mark.parametrize("victim", [pytest.param("parent", marks=pytest.mark.lifecycle), "both"])
 def test_flow_killed_at_any_step_is_resumed_to_the_same_curve_and_weights(place: Place, victim: str) -> None:
     name = f"killed-{victim}"
     flow = flow_at_some_step(place, name)
@@ -135,6 +135,7 @@ def test_flow_killed_at_any_step_is_resumed_to_the_same_curve_and_weights(place:
     assert_no_half_made_model(place)
 
 
+@pytest.mark.lifecycle
 def test_stage_killed_alone_is_retried_from_its_checkpoint_by_the_flow(place: Place) -> None:
     from flows.customized import customized
 
@@ -158,6 +159,7 @@ def test_stage_killed_alone_is_retried_from_its_checkpoint_by_the_flow(place: Pl
     assert place.weights(model) == place.weights(place.undisturbed)
 
 
+@pytest.mark.lifecycle
 def test_train_killed_before_its_first_checkpoint_has_each_step_once_after_the_restart(place: Place) -> None:
     from flows.customized import customized
 
@@ -183,7 +185,7 @@ def test_train_killed_before_its_first_checkpoint_has_each_step_once_after_the_r
     assert log.count(f"step 1/{steps} ") == 2  # it was killed, and began again
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.lifecycle)])
 def test_flow_that_is_asked_to_end_saves_a_checkpoint_and_is_recorded_as_cancelled(
     place: Place, number: signal.Signals
 ) -> None:

@@ -22,7 +22,7 @@ from tasks import models, retraining, tracking, trains
 from tasks.datasets import add_dataset, find_dataset
 from tests.flows.tiny_trains import installation, processes_naming, resolved, wait_for
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.lifecycle]
 
 LINE = "switch"
 HELD_OUT = 32

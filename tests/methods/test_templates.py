@@ -15,7 +15,8 @@ from methods.registry import find_method
 from tasks.stages import StageCancelled, StageJob
 from tests.methods.stage_jobs import curve, run_method, signal_running, wait_for
 
-TEMPLATES = ("custom01", "custom02")
+# The second starts a program a step of a train: minutes in all.
+TEMPLATES = ("custom01", pytest.param("custom02", marks=pytest.mark.methods))
 
 
 def job_of(
@@ -92,6 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.methods
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_option_of_the_command_changes_the_training(
     name: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path, plain: dict[int, list[float]]
@@ -109,6 +111,7 @@ def test_every_parameter_of_the_command_is_in_a_table() -> None:
     assert set(CHANGES) | others == set(find_method("custom02").hyperparameter_names)
 
 
+@pytest.mark.methods
 def test_old_checkpoints_of_the_command_are_removed(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     train("custom02", folder, tiny_model, tiny_rows, max_steps=7, checkpoint_steps=2, keep_checkpoints=2)
