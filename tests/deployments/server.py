@@ -84,6 +84,13 @@ class Server:
         answer = self.post(f"/flow_runs/{run}/set_state", {"state": state, "force": True})
         assert answer["status"] == "ACCEPT", answer
 
+    def told(self, run: str) -> str:
+        """What is known of a run that does not do what is waited for."""
+        states = self.http.get("/flow_run_states/", params={"flow_run_id": run}).json()
+        logs = self.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_DESC"})
+        lines = [f"{state['timestamp']} {state['name']} {state.get('message')}" for state in states]
+        return "\n".join(lines + [f"{line['timestamp']} {line['message']}" for line in reversed(logs[:40])])
+
     def records(self, name: str) -> list[TrainRecord]:
         paths = self.settings.trains.glob(f"{name}_*/train.json")
         return [TrainRecord.model_validate_json(path.read_bytes()) for path in paths]
@@ -122,10 +129,12 @@ def installation_with_servers(root: Path) -> Iterator[Server]:
             os.environ.update(before)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
+def wait_for(
+    condition: Callable[[], object], seconds: float = 90.0, tell: Callable[[], str] = lambda: "waited in vain"
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, tell()
         time.sleep(0.2)
 
 

@@ -89,7 +89,7 @@ def test_an_impossible_value_is_refused_with_its_path_and_nothing_runs(server: S
 
 def test_a_train_from_the_form_runs_in_the_worker_and_is_recorded_in_the_home(server: Server, lights: str) -> None:
     run = lights
-    assert server.state(run) == "Completed"
+    assert server.state(run) == "Completed", server.told(run)
 
     record = server.record("lights")
     assert (record.status, record.flow_run_id, record.config.through) == ("completed", run, "customized")
@@ -112,7 +112,7 @@ def test_retry_of_a_completed_train_returns_its_model_without_training_again(ser
 
     server.retry(lights)
 
-    wait_for(lambda: server.record("lights").attempts == 2)
+    wait_for(lambda: server.record("lights").attempts == 2, 180, lambda: server.told(lights))
     wait_for(lambda: server.state(lights) in ("Completed", "Failed", "Crashed"))
     assert server.state(lights) == "Completed"
     after = server.record("lights")  # and there is one only
@@ -161,7 +161,7 @@ def test_a_cancelled_train_saves_a_checkpoint_and_leaves_no_process(server: Serv
 def test_a_dataset_is_added_from_the_page(server: Server) -> None:
     run = server.start("add-dataset/file", {"file": str(server.root / "rows.jsonl"), "name": "from-page"}).json()["id"]
     wait_for(lambda: server.state(run) in ("Completed", "Failed", "Crashed"))
-    assert server.state(run) == "Completed"
+    assert server.state(run) == "Completed", server.told(run)
     assert list((server.settings.datasets / "from-page").glob("*/rows.jsonl"))
 
 
