@@ -61,6 +61,17 @@ def make_tiny_chat_model(folder: Path, seed: int) -> Path:
     return folder
 
 
+def make_tiny_reward_model(base: Path, folder: Path, seed: int) -> Path:
+    """Save the base model under a random head that gives one score, with its tokenizer."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def _chat_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

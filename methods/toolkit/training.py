@@ -137,6 +137,11 @@ def weights_dtype(dtype: str, *, full: bool) -> str:
     return "float32" if full else "float16"
 
 
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """A seed for what is drawn in one step by one process, whatever was drawn before it."""
+    return (seed + 1_000_003 * (step + 1) + 7_919 * process) % 2**32
+
+
 class Scheduled:
     """Mixed in before a transformers trainer: its schedule follows from the job, and it counts what it works on."""
 

@@ -97,9 +97,13 @@ def training_job(
     validation: Path | None = None,
     resume: Path | None = None,
     method: str = "sft",
+    models: dict[str, Any] | None = None,
     **given: Any,
 ) -> StageJob:
-    """A training job as `tasks.trains` makes it; `given` are common hyper-parameters and the method's own."""
+    """A training job as `tasks.trains` makes it; `given` are common hyper-parameters and the method's own.
+
+    `models` are those that it is given, by parameter, as a stage finds them.
+    """
     chosen = find_method(method)
     hyper = {name: value for name, value in given.items() if name in Hyperparameters.model_fields}
     config = TrainConfig(
@@ -118,6 +122,8 @@ def training_job(
             "base_model": str(base),
             "train_rows": str(rows),
             "validation_rows": str(validation) if validation else None,
+            "models": models or {},
+            "files": {name: value for name, value in given.items() if name not in hyper and chosen.takes_file(name)},
         },
         output=folder / "output",
         resume_from=resume,

@@ -1,0 +1,1 @@
+"""Reinforcement learning of chat models by rewards of groups of answers (GRPO)."""

@@ -1,0 +1,1 @@
+"""GRPO with everything set for the sample data."""
