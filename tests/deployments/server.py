@@ -132,7 +132,8 @@ def installation_with_servers(root: Path) -> Iterator[Server]:
 def wait_for(
     condition: Callable[[], object], seconds: float = 90.0, tell: Callable[[], str] = lambda: "waited in vain"
 ) -> None:
-    deadline = time.monotonic() + seconds
+    """Wait until the condition holds, three times as long as a machine with nothing else to do would need."""
+    deadline = time.monotonic() + 3 * seconds
     while not condition():
         assert time.monotonic() < deadline, tell()
         time.sleep(0.2)

@@ -112,8 +112,8 @@ class Pools:
         of_run = {"logs": {"flow_run_id": {"any_": [run.id]}}}
         return [line["message"] for line in self.server.post("/logs/filter", of_run)]
 
-    def training(self, name: str) -> Path:
-        """The folder of the training stage, once it has made its first step."""
+    def training(self, name: str, run: Run) -> Path:
+        """The folder of the training stage of a run, once it has made its first step."""
         folders: list[Path] = []
 
         def found() -> bool:
@@ -121,7 +121,7 @@ class Pools:
             folders[:] = [path.parent for path in events if '"metrics"' in path.read_text()]
             return bool(folders)
 
-        wait_for(found)
+        wait_for(found, tell=lambda: self.server.told(run.id))
         return folders[0]
 
 
@@ -158,7 +158,7 @@ def test_two_pools_train_in_their_own_environments_and_a_cancel_leaves_checkpoin
         for letter in "ab"
     }
     with nothing_left_of(runs["a"]), nothing_left_of(runs["b"]):
-        folders = {letter: pools.training(f"in-{letter}") for letter in runs}
+        folders = {letter: pools.training(f"in-{letter}", run) for letter, run in runs.items()}
         for letter, folder in folders.items():
             stage, name = stage_of(folder), f"ft-{letter}"
             environment = stage.environ()
@@ -209,7 +209,7 @@ def test_a_stage_that_saves_longer_than_prefect_waits_still_saves_and_leaves_not
     (packages / "sitecustomize.py").write_text(SLOW_TO_SAVE)
     run = pools.start("customized/sft@conda-a", pools.server.train("slow", **ENDLESS), environment="ft-slow")
     with nothing_left_of(run):
-        folder = pools.training("slow")
+        folder = pools.training("slow", run)
         run.cancel()
         wait_for(lambda: run.state in ENDED)
         assert run.state == "Cancelled"
@@ -221,7 +221,7 @@ def test_a_stage_that_saves_longer_than_prefect_waits_still_saves_and_leaves_not
 def test_a_train_survives_the_death_of_its_worker_and_completes(pools: Pools) -> None:
     run = pools.start("customized/sft@conda-a", pools.server.train("survivor", max_steps=60))
     with nothing_left_of(run):
-        pools.training("survivor")
+        pools.training("survivor", run)
         pools.kill_worker("conda-a")
         assert run.state == "Running"
         wait_for(lambda: run.state in ENDED)
@@ -234,7 +234,7 @@ def test_a_train_survives_the_death_of_its_worker_and_completes(pools: Pools) ->
 def test_a_train_whose_worker_has_died_can_be_cancelled(pools: Pools) -> None:
     run = pools.start("customized/sft@conda-a", pools.server.train("orphan", **ENDLESS))
     with nothing_left_of(run):
-        folder = pools.training("orphan")
+        folder = pools.training("orphan", run)
         pools.kill_worker("conda-a")
         run.cancel()
         wait_for(lambda: run.state in ENDED)
@@ -248,7 +248,7 @@ def test_a_train_whose_worker_has_died_can_be_cancelled(pools: Pools) -> None:
 def test_a_killed_flow_is_crashed_and_its_stage_ends_with_a_checkpoint(pools: Pools) -> None:
     run = pools.start("customized/sft@conda-a", pools.server.train("killed", **ENDLESS))
     with nothing_left_of(run):
-        folder = pools.training("killed")
+        folder = pools.training("killed", run)
         run.process("prefect.engine").send_signal(signal.SIGKILL)
         wait_for(lambda: run.state in ENDED)
         wait_for(run.is_gone)
