@@ -114,10 +114,9 @@ def main(job: contract.Job) -> dict[str, object]:
 def _judged(pairs: Any) -> Any:
     """Each answer of the pairs by itself; the best one of a ranking, which is in several pairs, once."""
     rows = []
-    seen: set[tuple[int, ...]] = set()
+    seen: set[int] = set()
     for pair in pairs:
-        best = (pair["line"], *pair["prompt_ids"], *pair["chosen_ids"])
-        for side in ("chosen", "rejected") if best not in seen else ("rejected",):
+        for side in ("chosen", "rejected") if pair["row"] not in seen else ("rejected",):
             ids = pair[f"{side}_ids"]
             rows.append(
                 {
@@ -128,7 +127,7 @@ def _judged(pairs: Any) -> Any:
                     "length": len(pair["prompt_ids"]) + len(ids),
                 }
             )
-        seen.add(best)
+        seen.add(pair["row"])
     return Dataset.from_list(rows)
 
 

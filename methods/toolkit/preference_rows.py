@@ -67,19 +67,19 @@ def pair_tokeniser(
 
     Their columns: `prompt_ids`, `chosen_ids` and `rejected_ids` (what follows the prompt), `chosen_trained` and
     `rejected_trained` (1 for a token of an answer, 0 for one of a later question), `length` (of the longer one, with
-    its prompt), `gap` (0 without scores) and `line`. `joined_share` of the pairs are made a later turn of another one.
+    its prompt), `gap` (0 without scores) and `row`. `joined_share` of the pairs are made a later turn of another row.
     """
 
     def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tuple[Any, PairReport]:
         from datasets import Dataset
 
-        pairs = list(read_pairs(path, max_samples, ranking))
-        report = PairReport(read=len({pair.line for pair in pairs}), pairs=len(pairs))
+        groups = [_pairs(row, ranking) for row in _rows(path, max_samples)]
+        report = PairReport(read=len(groups), pairs=sum(map(len, groups)))
         random = Random(seed)  # noqa: S311 - not a secret
         rows: list[dict[str, Any]] = []
-        for pair in pairs:
-            longer = _after(random.choice(pairs), pair) if random.random() < joined_share else None
-            if longer is not None and _fits(tokenizer, longer, limits):
+        for number, pair in ((number, pair) for number, group in enumerate(groups) for pair in group):
+            longer = _after(_other(groups, number, random), pair) if random.random() < joined_share else pair
+            if longer is not pair and _fits(tokenizer, longer, limits):
                 pair, report.joined = longer, report.joined + 1
             sides = _render(tokenizer, pair, limits, report)
             if sides is None:
@@ -88,15 +88,25 @@ def pair_tokeniser(
             report.tokens += sum(len(side.input_ids) for side in sides)
             report.supervised_tokens += sum(side.supervised for side in sides)
             report.longest = max(report.longest, *(len(side.input_ids) for side in sides))
-            rows.append({**_columns(*sides), "gap": pair.gap or 0.0, "line": pair.line})
+            rows.append({**_columns(*sides), "gap": pair.gap or 0.0, "row": number})
         _require_pairs(report, limits)
         return Dataset.from_list(rows), report
 
     return tokenise
 
 
-def _after(first: Pair, second: Pair) -> Pair:
-    """The second pair with the question and the better answer of the first as turns before its own."""
+def _other(groups: list[list[Pair]], number: int, random: Random) -> Pair | None:
+    """The first pair of another row than this one; None if there is no other."""
+    if len(groups) == 1:
+        return None
+    drawn = random.randrange(len(groups) - 1)
+    return groups[drawn + (drawn >= number)][0]
+
+
+def _after(first: Pair | None, second: Pair) -> Pair:
+    """The second pair with the question and better answer of the first one, if any, as turns before its own."""
+    if first is None:
+        return second
     rules = [message for message in second.prompt if message["role"] == "system"]
     turns = [message for message in first.prompt if message["role"] != "system"]
     own = [message for message in second.prompt if message["role"] != "system"]

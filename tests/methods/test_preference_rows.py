@@ -161,6 +161,9 @@ def test_a_share_of_pairs_follows_on_another_row(tokenizer: Any, pairs: Path) ->
     assert tokenised(tokenizer, pairs, joined_share=1.0, seed=4)[0]["prompt_ids"] != every["prompt_ids"]
     _, report = tokenised(tokenizer, pairs, joined_share=0.5, seed=3)
     assert 4 < report.joined < 17
+    alone = write_rows(pairs.parent / "alone.jsonl", pair_rows()[:1])
+    # Never after itself, which would tell the answer.
+    assert tokenised(tokenizer, alone, joined_share=1.0)[1].joined == 0
     # A pair that would grow over a length stays as it was, and none is lost.
     tight, report = tokenised(tokenizer, pairs, Limits(max(plain["length"]), None, None, "error"), joined_share=1.0)
     assert (len(tight), report.joined) == (21, 0)
