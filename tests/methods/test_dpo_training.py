@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,10 @@ CURVES = (
     "reward_rejected",
 )
 RESUMED: dict[str, dict[str, Any]] = {
-    "lora": {"epochs": 3, "batch_size": 4, "lora_dropout": 0.3, "learning_rate": 5e-3, "checkpoint_steps": 3},
+    "lora": {"epochs": 3, "batch_size": 4, "lora_dropout": 0.3, "learning_rate": 5e-3, "checkpoint_steps": 3}
+    | {"keep_checkpoints": 10},
     "full": {"epochs": 3, "batch_size": 2, "grad_accum_steps": 2, "tuning": "full", "learning_rate": 1e-4}
-    | {"checkpoint_steps": 4, "reference_in_advance": True},
+    | {"checkpoint_steps": 4, "keep_checkpoints": 10, "reference_in_advance": True},
 }
 STEPS = 18
 LOSSES = METHOD.parameters["loss_type"]["enum"]
@@ -94,6 +94,18 @@ def test_the_curves_of_training_and_evaluation_have_the_names_of_every_method(be
     ]
     expected += ["logp_chosen", "logp_rejected", "eval_logp_chosen", "eval_logp_rejected"]
     assert [name for name in expected if sorted(curve(folder, name)) != [1, 2]] == []
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_train_goes_on_from_a_checkpoint_as_if_it_had_not_been_interrupted(
+    bench: Bench, uninterrupted: dict[str, Path], tuning: str
+) -> None:
+    step = 9 if tuning == "lora" else 8
+    again = bench.go_on(uninterrupted[tuning], step, **RESUMED[tuning])
+    same_as(uninterrupted[tuning], again, CURVES, STEPS, first=step + 1)
+    # Killed between the last step and the end of saving.
+    once_more = bench.go_on(uninterrupted[tuning], STEPS, **RESUMED[tuning])
+    assert result_of(once_more)["loss"] == pytest.approx(result_of(uninterrupted[tuning])["loss"])
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -261,8 +273,13 @@ EFFECTS: dict[str, effects.Effect] = {
 }
 
 
-@pytest.mark.parametrize("field", [*METHOD.hyperparameter_names, *METHOD.parameters])
-def test_every_parameter_reaches_what_it_is_for(bench: Bench, field: str) -> None:
+@pytest.mark.parametrize("field", METHOD.parameters)
+def test_every_parameter_of_its_own_reaches_what_it_is_for(bench: Bench, field: str) -> None:
+    EFFECTS[field](bench)
+
+
+@pytest.mark.parametrize("field", METHOD.hyperparameter_names)
+def test_every_common_parameter_reaches_what_it_is_for(bench: Bench, field: str) -> None:
     EFFECTS[field](bench)
 
 
@@ -272,11 +289,3 @@ def test_every_loss_widens_the_margin(bench: Bench, loss_type: str) -> None:
     margins = curve(folder, "reward_margin")
     assert margins[10][0] > margins[1][0] + 0.05
     assert result_of(folder)["steps"] == 10
-
-
-def test_a_torn_end_saves_the_same_once_more(bench: Bench, tmp_path: Path, uninterrupted: dict[str, Path]) -> None:
-    folder = tmp_path / "again"
-    shutil.copytree(uninterrupted["lora"] / "checkpoints", folder / "checkpoints")
-    end = folder / "checkpoints" / f"checkpoint-{STEPS}"
-    run_method(folder, bench.stage_job(folder, resume=end, **RESUMED["lora"]), method="dpo")
-    assert result_of(folder)["loss"] == pytest.approx(result_of(uninterrupted["lora"])["loss"])

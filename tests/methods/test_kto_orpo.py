@@ -70,6 +70,14 @@ def test_it_learns_to_prefer_the_better_answers_of_rows_it_has_not_seen(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_train_goes_on_from_a_checkpoint_as_if_it_had_not_been_interrupted(bench: Bench, name: str) -> None:
+    given = {**RESUMED[name], "keep_checkpoints": 10}
+    left_alone = bench.train(**given)
+    again = bench.go_on(left_alone, 6, **given)
+    same_as(left_alone, again, CURVES[name], STEPS, first=7)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_killed_and_a_cancelled_train_resume_to_the_same_curves_and_weights(
     bench: Bench, tmp_path: Path, name: str
 ) -> None:
@@ -192,13 +200,15 @@ EFFECTS: dict[str, effects.Effect] = {
     "desirable_weight": _changes("desirable_weight", 2.0),
     "undesirable_weight": _changes("undesirable_weight", 0.5),
 }
-PARAMETERS = [
-    (name, field)
-    for name in NAMES
-    for field in [*find_method(name).hyperparameter_names, *find_method(name).parameters]
-]
+COMMON = [(name, field) for name in NAMES for field in find_method(name).hyperparameter_names]
+OWN = [(name, field) for name in NAMES for field in find_method(name).parameters]
 
 
-@pytest.mark.parametrize(("name", "field"), PARAMETERS)
-def test_every_parameter_reaches_what_it_is_for(bench: Bench, name: str, field: str) -> None:
+@pytest.mark.parametrize(("name", "field"), OWN)
+def test_every_parameter_of_its_own_reaches_what_it_is_for(bench: Bench, name: str, field: str) -> None:
+    EFFECTS[field](bench)
+
+
+@pytest.mark.parametrize(("name", "field"), COMMON)
+def test_every_common_parameter_reaches_what_it_is_for(bench: Bench, name: str, field: str) -> None:
     EFFECTS[field](bench)

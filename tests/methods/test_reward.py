@@ -28,9 +28,10 @@ METHOD = find_method("reward")
 CURVES = ("loss", "learning_rate", "grad_norm", "tokens", "epoch", "reward", "reward_min", "reward_max")
 CURVES += ("reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected")
 RESUMED: dict[str, dict[str, Any]] = {
-    "lora": {"epochs": 3, "batch_size": 4, "lora_dropout": 0.3, "learning_rate": 5e-3, "checkpoint_steps": 3},
+    "lora": {"epochs": 3, "batch_size": 4, "lora_dropout": 0.3, "learning_rate": 5e-3, "checkpoint_steps": 3}
+    | {"keep_checkpoints": 10},
     "full": {"epochs": 3, "batch_size": 2, "grad_accum_steps": 2, "tuning": "full", "checkpoint_steps": 4}
-    | {"learning_rate": 1e-3, "multi_turn_share": 0.5},
+    | {"keep_checkpoints": 10, "learning_rate": 1e-3, "multi_turn_share": 0.5},
 }
 STEPS = 18
 TUNED: dict[str, dict[str, Any]] = {
@@ -128,6 +129,15 @@ def test_the_curves_of_training_and_evaluation_have_the_names_of_every_method(be
             curve(folder, f"reward_{name}")[step][0] for name in ("chosen", "rejected", "margin")
         )
         assert chosen - rejected == pytest.approx(margin, abs=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_train_goes_on_from_a_checkpoint_as_if_it_had_not_been_interrupted(
+    bench: Bench, uninterrupted: dict[str, Path], tuning: str
+) -> None:
+    step = 9 if tuning == "lora" else 8
+    again = bench.go_on(uninterrupted[tuning], step, **RESUMED[tuning])
+    same_as(uninterrupted[tuning], again, CURVES, STEPS, first=step + 1)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -243,8 +253,13 @@ EFFECTS: dict[str, effects.Effect] = {
 }
 
 
-@pytest.mark.parametrize("field", [*METHOD.hyperparameter_names, *METHOD.parameters])
-def test_every_parameter_reaches_what_it_is_for(bench: Bench, field: str) -> None:
+@pytest.mark.parametrize("field", METHOD.parameters)
+def test_every_parameter_of_its_own_reaches_what_it_is_for(bench: Bench, field: str) -> None:
+    EFFECTS[field](bench)
+
+
+@pytest.mark.parametrize("field", METHOD.hyperparameter_names)
+def test_every_common_parameter_reaches_what_it_is_for(bench: Bench, field: str) -> None:
     EFFECTS[field](bench)
 
 
@@ -350,7 +365,7 @@ def test_requests_are_scored_by_a_customized_and_a_complete_model_alike(
     file.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in requests), encoding="utf-8")
     weights = {"base_model": str(tiny_model), "adapter": str(trained["lora"])}
     job = inference_job(tmp_path / "a", requests=str(file), **weights)
-    result = run_method(tmp_path / "a", job, method="reward")
+    result = inference_customized.main(open_job(tmp_path / "a", job))
     assert (result["rows"], result["answers"]) == (2, 4)
     complete = inference_job(tmp_path / "b", requests=str(file), model=str(tmp_path / "save" / "output"))
     inference_complete.main(open_job(tmp_path / "b", complete))
