@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from configs.aliases import (
     SPELLINGS,
@@ -68,9 +69,20 @@ class Preset(BaseModel):
 
     title: str
     source: str
+    sources: dict[str, str] = {}
     spellings: list[str] = []
     documented_for: str | None = None
     values: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Preset:
+        if unknown := [name for name in self.sources if name not in self.values]:
+            raise PydanticCustomError("sources", "`sources` names no value: {names}", {"names": ", ".join(unknown)})
+        return self
+
+    def source_of(self, name: str) -> str:
+        """The document that a value was taken from: its own in `sources`, else that of the preset."""
+        return self.sources.get(name, self.source)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,12 @@ _Items = list[tuple[_Keys, Any, Place]]
 def list_presets() -> dict[str, Preset]:
     """All presets by name."""
     return {path.stem: _read_preset(path)[0] for path in _preset_files()}
+
+
+def find_preset(name: str) -> tuple[Preset, YamlFile]:
+    """The preset of a name, or of a spelling of its scene, and its file. Raises UserError with the nearest names."""
+    _, preset, source = _find_preset(_Given("preset", name, Place("preset", COMMAND_LINE)))
+    return preset, source
 
 
 def resolve_train(
@@ -712,4 +730,5 @@ def _preset_mismatch(config: TrainConfig, given: _Given | None) -> list[str]:
     tuning = config.hyperparameters.tuning
     if preset.documented_for in (None, tuning):
         return []
-    return [f"preset {name} is documented for tuning {preset.documented_for}, this train's tuning is {tuning}"]
+    other = f"; preset {name}-{tuning} is for it" if (PRESETS / f"{name}-{tuning}.yaml").exists() else ""
+    return [f"preset {name} is documented for tuning {preset.documented_for}, this train's tuning is {tuning}{other}"]

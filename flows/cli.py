@@ -26,6 +26,7 @@ from flows import (
     cli_inference,
     cli_methods,
     cli_models,
+    cli_presets,
     cli_profiles,
     cli_retraining,
     cli_scores,
@@ -57,6 +58,7 @@ app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_methods.app, name="methods")
+app.add_typer(cli_presets.app, name="presets")
 app.add_typer(cli_profiles.app, name="profiles")
 app.add_typer(cli_environments.app, name="envs")
 app.add_typer(cli_deployments.app, name="deployments")

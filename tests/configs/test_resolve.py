@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from configs.errors import UserError
 from configs.resolve import (
+    Preset,
     ResolvedTrain,
     describe,
     effective,
+    find_preset,
     list_presets,
     resolve_train,
 )
@@ -534,7 +537,12 @@ PRESET_VALUES = {
     "basic-low-rate": (8, 6, 3e-6, 0.01, 0.05),
     "basic-full": (8, 1, 1e-4, 1e-5, 0.1),
     "basic-lora": (8, 4, 1e-4, 0.1, 0.01),
+    "nl2sql-lora": (8, 4, 1e-4, 0.1, 0.01),
+    "nl2json-lora": (8, 3, 1e-4, 0.1, 0.01),
+    "nl2code-lora": (8, 4, 1e-4, 0.1, 0.01),
 }
+OF_MODELS = {"baichuan2-7b-chat", "ernie-speed-full", "ernie-speed-lora", "codellama-7b-lora"}
+OF_EXAMPLES = {"qianfan-dpo", "quick-start", "sft-demo"}
 
 
 @pytest.mark.parametrize("name", [*PRESET_VALUES])
@@ -548,9 +556,9 @@ def test_preset_holds_the_documented_values(tmp_path: Path, name: str) -> None:
 
 def test_every_preset_resolves_and_names_its_source(tmp_path: Path) -> None:
     presets = list_presets()
-    assert {*PRESET_VALUES, "baichuan2-7b-chat"} == set(presets)
+    assert {*PRESET_VALUES, *OF_MODELS, *OF_EXAMPLES} == set(presets)
     for name, preset in presets.items():
-        assert preset.source
+        assert all(preset.source_of(value) for value in preset.values)
         resolved = resolve(tmp_path, BASE, preset=name)
         given = {key for key, origin in resolved.origins.items() if origin == f"preset {name}"}
         assert len(given) == len(preset.values)
@@ -563,7 +571,20 @@ def test_scene_of_the_seed_document_chooses_the_preset(tmp_path: Path) -> None:
 
 
 def test_preset_used_for_another_tuning_is_said(tmp_path: Path) -> None:
-    assert "documented for tuning full" in resolve(tmp_path, BASE, preset="nl2json").warnings[0]
+    warning = resolve(tmp_path, BASE, preset="nl2json").warnings[0]
+    assert "documented for tuning full" in warning
+    assert "preset nl2json-lora is for it" in warning
+    assert "is for it" not in resolve(tmp_path, BASE, "tuning=lora", preset="ernie-speed-full").warnings[0]
+
+
+def test_values_of_a_preset_come_from_the_documents_it_names() -> None:
+    scene, tuning = find_preset("NL2SQL场景"), find_preset("nl2sql-lora")
+    assert scene[1].path.stem == "nl2sql"
+    assert "NL2SQL" in tuning[0].source_of("epochs")
+    assert tuning[0].source_of("epochs") == scene[0].source_of("epochs")
+    assert tuning[0].source_of("learning_rate") == find_preset("basic-lora")[0].source
+    with pytest.raises(ValidationError, match="names no value: lora_rank"):
+        Preset(title="t", source="s", sources={"lora_rank": "another"}, values={"epochs": 1})
 
 
 # ---- warnings

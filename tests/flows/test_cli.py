@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from configs.settings import PROJECT_ROOT
+from flows.cli import app
 from tests.flows.command_line import PROGRAM, printed, program_environment, read_json, tuneline
 from tests.tiny_models import make_tiny_chat_model
 
@@ -213,6 +214,22 @@ def test_methods_are_listed_and_shown(tmp_path: Path) -> None:
     text = place.text("methods", "show", "sft")
     assert "lora_rank" in text
     assert "LORA_RANK" in text
+
+
+def test_presets_are_listed_and_shown_with_the_document_of_each_value(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> str:
+        app(["presets", *arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    assert {"nl2sql", "nl2sql-lora", "baichuan2-7b-chat"} <= json.loads(told("list", "--json")).keys()
+    assert "Natural language to SQL, with LoRA" in told("list")
+    values = json.loads(told("show", "nl2sql-lora", "--json"))["values"]
+    assert values["epochs"]["value"] == 4
+    assert "NL2SQL" in values["epochs"]["source"]
+    assert "局部微调" in values["learning_rate"]["source"]
+    row = next(line.split() for line in told("show", "NL2SQL场景").splitlines() if line.startswith("epochs"))
+    text = (PROJECT_ROOT / "configs" / "presets" / "nl2sql.yaml").read_text(encoding="utf-8").splitlines()
+    assert text[int(row[-1]) - 1].split() == ["epochs:", row[1]]
 
 
 def test_doctor_tells_each_check(tmp_path: Path) -> None:

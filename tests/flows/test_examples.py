@@ -91,9 +91,13 @@ def test_preset_reaches_the_configuration(file: Path) -> None:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))["values"]
     assert values
     for name, value in values.items():
+        if name == "method":
+            assert (resolved.config.method, resolved.origins[name]) == (value, f"preset {file.stem}")
+            continue
         assert name in Hyperparameters.model_fields
         assert getattr(resolved.config.hyperparameters, name) == value
         assert resolved.origins[f"hyperparameters.{name}"] == f"preset {file.stem}"
+    assert [warning for warning in resolved.warnings if "no effect" in warning or "overrides" in warning] == []
 
 
 @pytest.fixture(scope="module")
