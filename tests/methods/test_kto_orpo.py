@@ -33,6 +33,10 @@ RESUMED: dict[str, dict[str, Any]] = {
     "orpo": {"epochs": 2, "batch_size": 4, "lora_dropout": 0.3, "learning_rate": 5e-3, "checkpoint_steps": 3},
 }
 STEPS = 12
+# From random weights, nearly all of ORPO's loss is that of fine-tuning: after 3 epochs (30 steps) it has fallen from
+# 7.8 to 3.2 and 63 % of held-out pairs are told apart, after 10 to 0.7 and 100 %. KTO, whose epochs have twice the
+# steps, trains nothing but the preference.
+EPOCHS = {"kto": 3, "orpo": 10}
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,9 @@ def test_it_learns_to_prefer_the_better_answers_of_rows_it_has_not_seen(
     tiny_model: Path, tmp_path: Path, name: str
 ) -> None:
     train = write_rows(tmp_path / "train.jsonl", polite_rows(160, seed=1))
-    held_out = write_rows(tmp_path / "held_out.jsonl", polite_rows(40, seed=2))
+    held_out = write_rows(tmp_path / "held_out.jsonl", polite_rows(100, seed=2))
     bench = Bench(name, tiny_model, train, tmp_path / "jobs", held_back=held_out)
-    folder = bench.train(validation=True, epochs=3, batch_size=16, learning_rate=5e-3)
+    folder = bench.train(validation=True, epochs=EPOCHS[name], batch_size=16, learning_rate=5e-3)
     tokenizer, _ = chat.load_tokenizer(str(tiny_model))
     tuned = models.load_with_adapter(str(tiny_model), str(folder / "output"), "float32")
     found = [
