@@ -63,6 +63,15 @@ class ServedAs(BaseModel):
     port: int | None = None
 
 
+class SweepPlace(BaseModel):
+    """Which train of which sweep a train is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sweep: str
+    number: int
+
+
 class TrainRecord(BaseModel):
     """One train on its way: everything that a rerun needs to pick it up. Kept as `train.json` in its folder."""
 
@@ -86,6 +95,7 @@ class TrainRecord(BaseModel):
     served_as: ServedAs = Field(default_factory=ServedAs)
     crash_resumes: int = Field(default=0, description="How often it was taken up by itself after a crash.")
     after_crash: str | None = Field(default=None, description="What was decided after its newest crash, and why.")
+    sweep: SweepPlace | None = Field(default=None, description="The sweep that has begun it.")
     base: str | None = Field(default=None, description="Name of the base model.")
     base_path: Path | None = None
     dataset: str | None = None

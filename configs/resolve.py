@@ -2,7 +2,8 @@
 
 Every value keeps its origin.
 
-Precedence, the last one wins: default, the method's own default, preset, profile, copied train, file, command line.
+Precedence, the last one wins: default, the method's own default, preset, profile, copied train, file, command line,
+sweep.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from configs.profiles import Profile, RecordedProfile, find_profile
 from configs.reference import fields_of, is_typical, limits_of, typical_of, typical_text
 from configs.settings import load_settings
 from configs.strict_yaml import YamlFile, parse_scalar, read_yaml
+from configs.sweeps import SECTION, Swept
 from configs.train import Hyperparameters, TrainConfig, effective_through
 from configs.validation_errors import Place, Problem, dotted, one_error, problems_of
 from methods.registry import Method, find_method, known_method
@@ -126,14 +128,16 @@ def resolve_train(
     *,
     copied_from: str | None = None,
     profile: str | RecordedProfile | None = None,
+    swept: Swept | None = None,
 ) -> ResolvedTrain:
     """One checked configuration of a train.
 
     `overrides` are `name=value`, the value read as YAML. `copied` is the configuration of an earlier train;
     origins call it `copied_from`, else by its name. `preset` and `profile` win over those named in the file.
+    `swept` is what a sweep gives this train of it; without it, a file that describes a sweep is refused.
     Raises UserError that lists every problem found.
     """
-    found = _layers(file, overrides, copied, copied_from, preset, profile)
+    found = _layers(file, overrides, copied, copied_from, preset, profile, swept)
     merged = _resolve_paths(found.merged, found.method, file)
     config = _checked(merged, found.method, file, found.notes.problems)
     origins = _origins(config, merged)
@@ -262,11 +266,13 @@ def _layers(
     copied_from: str | None,
     preset: str | None,
     profile: str | RecordedProfile | None,
+    swept: Swept | None = None,
 ) -> _Layers:
     notes = _Notes()
     file_items = _file_items(read_yaml(file)) if file is not None else []
+    file_items = _without_sweep(file_items, refused=swept is None)
     copied_items = _copied_items(copied, copied_from) if copied is not None else []
-    override_items = _override_items(overrides)
+    override_items = [*(_swept_items(swept) if swept is not None else []), *_override_items(overrides)]
     given = (override_items, file_items, copied_items)
     chosen_preset, chosen_profile = _chosen("preset", preset, *given), _chosen("profile", profile, *given)
     preset_items = _preset_items(chosen_preset) if chosen_preset is not None else []
@@ -293,6 +299,15 @@ def _file_items(source: YamlFile) -> _Items:
     return list(_walk(source.values, place))
 
 
+def _without_sweep(items: _Items, *, refused: bool) -> _Items:
+    """The items of a file without the sweep that it describes. One train of it alone is not what was asked for."""
+    sweep = next(((value, place) for keys, value, place in items if keys == (SECTION,)), None)
+    if sweep is not None and refused:
+        mend = "start it with `tuneline sweep FILE`, or leave the section out to train once"
+        raise Problem("this file describes a sweep", SECTION, sweep[1], sweep[0], mend=mend).as_error(None)
+    return [item for item in items if item[0] != (SECTION,)]
+
+
 def _copied_items(copied: Mapping[str, Any], copied_from: str | None) -> _Items:
     train = copied_from or str(copied.get("name", "a train"))
 
@@ -302,11 +317,16 @@ def _copied_items(copied: Mapping[str, Any], copied_from: str | None) -> _Items:
     return list(_walk(copied, place))
 
 
+def _swept_items(swept: Swept) -> _Items:
+    items = swept.values.items()
+    return [(_keys_of(name), value, Place(name, SECTION, swept.file, swept.line)) for name, value in items]
+
+
 def _override_items(overrides: Sequence[str]) -> _Items:
     items: _Items = []
     for override in overrides:
         spelling, equals, text = override.partition("=")
-        keys = tuple(part.strip() for part in spelling.split("."))
+        keys = _keys_of(spelling)
         if not equals or not all(keys):
             raise UserError(
                 "a value given on the command line has no `=` or no name",
@@ -314,11 +334,14 @@ def _override_items(overrides: Sequence[str]) -> _Items:
                 value=override,
                 expected="name=value, such as learning_rate=5e-5",
             )
-        group = canonical_name(keys[0], _TABLE)
-        if len(keys) > 1 and group is not None and group in _GROUPS:
-            keys = (group, *keys[1:])
         items.append((keys, text.strip(), Place(spelling.strip(), COMMAND_LINE)))
     return items
+
+
+def _keys_of(spelling: str) -> _Keys:
+    keys = tuple(part.strip() for part in spelling.split("."))
+    group = canonical_name(keys[0], _TABLE)
+    return (group, *keys[1:]) if len(keys) > 1 and group is not None and group in _GROUPS else keys
 
 
 def _typed_layer(layer: _Layer, method: Method) -> _Layer:

@@ -116,6 +116,11 @@ class Settings(BaseSettings):
         return self.root / "evaluations"
 
     @property
+    def sweeps(self) -> Path:
+        """One folder a sweep: what it is to train, the logs of its trains, what came of it."""
+        return self.root / "sweeps"
+
+    @property
     def methods(self) -> Path:
         """Training methods that were added: a folder each, named by the method."""
         return self.root / "methods"

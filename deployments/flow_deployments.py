@@ -39,6 +39,7 @@ ENTRYPOINTS = {
     "check-method": "flows.records.check_method",
     "delete-method": "flows.records.delete_method",
     "resume": "flows.resume.resume",
+    "sweep": "flows.sweep.sweep",
     retraining.FLOW: "flows.retrain.retrain",
 }
 _PATHS = {
@@ -125,6 +126,14 @@ def _plain_deployments() -> list[FlowDeployment]:
             "For the automation that hears of a crashed run: goes on with its train if the train's parameter "
             "resume_after_crash allows it, and records why or why not.",
             forms.ResumeAfterCrash,
+            (),
+        ),
+        (
+            "sweep",
+            "train",
+            "Several trains of one file that differ in some parameters, some at a time. They are compared, and the "
+            "model of the best one is the challenger of its line. Run again, it takes up what is not completed.",
+            forms.Sweep,
             (),
         ),
         ("undeploy", "endpoint", "Stop serving at an endpoint; its address and history are kept.", forms.Undeploy, ()),

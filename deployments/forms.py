@@ -22,6 +22,7 @@ from configs.errors import UserError
 from configs.method_values import OWN
 from configs.parameter_schemas import MODEL, PATH, json_schema
 from configs.profiles import RecordedProfile
+from configs.records import QueueName
 from configs.reference import typical_of, typical_text
 from configs.resolve import ResolvedTrain, resolve_train
 from configs.train import Hyperparameters, Slug, Text, TrainConfig
@@ -171,6 +172,38 @@ class AddDataset(BaseModel):
         default=False,
         title="Allow refused rows",
         description="Store the good rows although others are refused; otherwise nothing is stored.",
+    )
+
+
+class Sweep(BaseModel):
+    """What the flow `sweep` needs."""
+
+    source: Text = Field(
+        title="Train",
+        description="Train file (YAML) on the host that the worker runs on, its absolute path; or a train there is.",
+    )
+    over: list[Text] = Field(
+        default_factory=list,
+        title="Values to try",
+        description="One parameter a line, such as learning_rate=1e-5,1e-4,1e-3; every combination is a train. Empty: "
+        "the `sweep:` section of the file.",
+    )
+    changes: list[Text] = Field(
+        default_factory=list, title="Changes", description="name=value for all trains, such as epochs=2."
+    )
+    by: Text | None = Field(
+        default=None,
+        title="Best by",
+        description="Figure that says which train is best, such as rouge_l or eval_loss. Empty: F1 of the evaluation "
+        "rows, or what the method measures on them; without them the validation loss.",
+    )
+    at_once: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        title="At once",
+        description="How many trains run at the same time. Empty: as many as the host has GPUs for, else one.",
+    )
+    queue: QueueName = Field(
+        default="default", title="Queue", description="Who gets a GPU first where several trains wait."
     )
 
 

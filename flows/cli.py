@@ -30,6 +30,7 @@ from flows import (
     cli_profiles,
     cli_retraining,
     cli_scores,
+    cli_sweeps,
     cli_targets,
     cli_trains,
 )
@@ -99,6 +100,9 @@ def train(
         print("this train would run; nothing was started")
         return
     cli_trains.start(resolved, queue)
+
+
+app.command()(cli_sweeps.sweep)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from prefect.logging import get_run_logger
 from configs.endpoints import Endpoint
 from configs.errors import UserError
 from configs.profiles import RecordedProfile
-from configs.records import ModelRecord, QueueName, ServedAs, TrainRecord, TrainStatus
+from configs.records import ModelRecord, QueueName, ServedAs, SweepPlace, TrainRecord, TrainStatus
 from configs.resolve import recorded_profile
 from configs.train import TrainConfig
 from deployments import alerts
@@ -54,6 +54,7 @@ def open_train(
     queue: QueueName | None = None,
     served_as: ServedAs | None = None,
     profile: str | None = None,
+    sweep: SweepPlace | None = None,
 ) -> TrainRecord:
     """Begin a train that goes as far as `through`, or take one up again; returns its record.
 
@@ -61,7 +62,8 @@ def open_train(
 
     Without `origins` the configuration comes from a form, with the `profile` that was picked there, and its origins are
     found out. `queue` says who gets a GPU
-    first; not given: the work queue of the flow run, or that of an earlier attempt.
+    first; not given: the work queue of the flow run, or that of an earlier attempt. `sweep` says which train of a sweep
+    it is.
     """
     if (train is None) == (resume is None):
         raise UserError("give either the configuration of a train or the id of one to resume", field="train")
@@ -79,7 +81,7 @@ def open_train(
         if origins is None:
             record = _open_from_form(train, through, endpoint, profile)
         else:
-            record = trains.open_train(train, origins, [])
+            record = trains.open_train(train, origins, [], sweep)
         record = trains.update_train(record.id, served_as=served_as or ServedAs())
     record = trains.note_flow_run(record, *_flow_run())
     record = trains.update_train(record.id, queue=queue or _work_queue() or record.queue)

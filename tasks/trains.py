@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from configs.datasets import Columns, DatasetVersion
 from configs.errors import UserError
 from configs.method_values import checked_values
-from configs.records import ModelRecord, TrainRecord, TrainStatus, now
+from configs.records import ModelRecord, SweepPlace, TrainRecord, TrainStatus, now
 from configs.settings import Settings, load_settings
 from configs.train import TrainConfig
 from methods import contract
@@ -172,7 +172,9 @@ def settle_trains() -> list[TrainRecord]:
     return settled
 
 
-def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[str]) -> TrainRecord:
+def open_train(
+    config: TrainConfig, origins: Mapping[str, str], warnings: list[str], sweep: SweepPlace | None = None
+) -> TrainRecord:
     """Begin a new train: an id, a folder, an MLflow run that holds the configuration and its origins.
 
     Models and files that the method is given are fixed: the name of the very model, a copy of the file. Raises
@@ -192,10 +194,17 @@ def open_train(config: TrainConfig, origins: Mapping[str, str], warnings: list[s
             "tuneline.method": config.method,
             "tuneline.base": config.base_model,
             "mlflow.note.content": config.description,
+            **({"tuneline.sweep": sweep.sweep} if sweep is not None else {}),
         },
     )
     record = TrainRecord(
-        id=train_id, config=config, origins=dict(origins), warnings=warnings, created=created, run_id=run_id
+        id=train_id,
+        config=config,
+        origins=dict(origins),
+        warnings=warnings,
+        created=created,
+        run_id=run_id,
+        sweep=sweep,
     )
     own_train(record.id)
     save_record(record)

@@ -15,6 +15,7 @@ from tests.deployments.server import Server, installation_with_servers, processe
 
 WANTED = {
     "resume/train",
+    "sweep/train",
     "resume/after-crash",
     "complete/from-model",
     "deployed/from-model",
