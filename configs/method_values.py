@@ -52,12 +52,22 @@ def problems_of_method(
     """
     hyper, own = values.get("hyperparameters") or {}, values.get(OWN) or {}
     return [
+        *_not_spread(method, values, places),
         *_unused(method, hyper, places),
         *_not_chosen(method, hyper, places),
         *_unknown(method, own, places),
         *([] if only_given else _missing(method, own)),
         *_impossible(method, own, places),
     ]
+
+
+def _not_spread(method: Method, values: Mapping[str, Any], places: Mapping[str, Place]) -> list[Problem]:
+    wanted, known = values.get("distribution", "none"), method.hardware.distributions
+    if wanted == "none" or wanted in known:
+        return []
+    problem = f"the training of the method {method.name} cannot be spread so"
+    expected = f"one of none, {', '.join(known)}" if known else "none: it runs in one process"
+    return [Problem(problem, "distribution", places.get("distribution"), wanted, expected)]
 
 
 def _unused(method: Method, hyper: Mapping[str, Any], places: Mapping[str, Place]) -> list[Problem]:

@@ -424,6 +424,20 @@ class TrainConfig(BaseModel):
         description="How many GPUs of the host it holds while it runs; it waits until they are free. Not set: one, "
         "on a host that has any.",
     )
+    processes: Whole = Field(
+        default=1,
+        ge=1,
+        le=64,
+        title="Processes",
+        description="How many processes of the host the training is spread over, each with batch_size rows at a time; "
+        "where there are GPUs, each has one.",
+    )
+    distribution: Literal["none", "ddp", "fsdp", "deepspeed"] = Field(
+        default="none",
+        title="Distribution",
+        description="How several processes share the training: each has the whole model (ddp), or a part of it (fsdp, "
+        "deepspeed).",
+    )
     resume_after_crash: Whole = Field(
         default=0,
         ge=0,
@@ -516,6 +530,7 @@ def _train_contradictions(given: TrainConfig) -> list[Contradiction]:
                 "mend": "keep one of the two",
             }
         )
+    found += _spreading_contradictions(given)
     if given.endpoint is not None and given.through != "deployed":
         found.append(
             {
@@ -530,6 +545,26 @@ def _train_contradictions(given: TrainConfig) -> list[Contradiction]:
                 "fields": ["prompt_column", "completion_column"],
                 "problem": "prompt and answer are the same column, so the model would learn to repeat the prompt",
                 "mend": "name two different columns",
+            }
+        )
+    return found
+
+
+def _spreading_contradictions(given: TrainConfig) -> list[Contradiction]:
+    found: list[Contradiction] = []
+    fields = ["processes", "distribution"]
+    if given.processes > 1 and given.distribution == "none":
+        problem = "it is not said how the processes share the training"
+        found.append({"fields": fields, "problem": problem, "mend": "set distribution: ddp, or processes: 1"})
+    if given.processes == 1 and given.distribution != "none":
+        problem = "one process has nobody to share the training with"
+        found.append({"fields": fields, "problem": problem, "mend": "set processes: 2, or distribution: none"})
+    if given.gpus and given.processes > 1 and given.gpus != given.processes:
+        found.append(
+            {
+                "fields": ["gpus", "processes"],
+                "problem": f"each process has one GPU, and {given.gpus} are asked for {given.processes} processes",
+                "mend": f"set gpus: {given.processes}, or leave it out",
             }
         )
     return found

@@ -62,6 +62,7 @@ _COMMON_HYPER = (
 )
 # `through` is the deployment's own path; `endpoint` is asked for beside the train.
 _NOT_ASKED = ("through", "endpoint", "method")
+_OF_SPREADING = ("processes", "distribution")
 _KEPT = (
     "type",
     "enum",
@@ -263,8 +264,11 @@ def train_form(method: Method, through: Through, base_models: Sequence[str], pro
     `base_models` are the registered ones, told as examples: a folder or a hub id is fine as well; `profiles` are the
     names of the saved ones.
     """
-    train = _object(TrainConfig, _COMMON_TRAIN, without=_NOT_ASKED)
+    spread = method.hardware.distributions
+    train = _object(TrainConfig, _COMMON_TRAIN, without=(*_NOT_ASKED, *(() if spread else _OF_SPREADING)))
     fields = train["properties"]
+    if spread:
+        fields["distribution"]["enum"] = ["none", *spread]
     fields["base_model"]["examples"] = list(base_models)
     fields["base_model"]["description"] += f" Registered: {', '.join(base_models)}."
     fields["dataset"]["description"] += " A file: its absolute path on the host that the worker runs on."

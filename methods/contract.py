@@ -68,6 +68,8 @@ class Job:
         checkpoints: folder of the checkpoints.
         resume_from: the checkpoint folder to go on from, or None.
         seed: the seed of every random number generator.
+        is_main: whether this process speaks for the stage; false in all others of a training in several processes
+            (torchrun's RANK), whose reports are dropped.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +83,8 @@ class Job:
         self.resume_from: Path | None = Path(content["resume_from"]) if content.get("resume_from") else None
         self.seed: int = content["seed"]
         self.cancelled = False
-        self._events = _open_events(folder / EVENTS_FILE)
+        self.is_main = os.environ.get("RANK", "0") == "0"
+        self._events = _open_events(folder / EVENTS_FILE) if self.is_main else None
 
     def metrics(self, step: int, **values: float) -> None:
         """Report values measured at `step`; they become curves of the same names."""
@@ -104,6 +107,8 @@ class Job:
         self._emit("artifact", path=str(path))
 
     def _emit(self, kind: str, **content: object) -> None:
+        if self._events is None:
+            return
         event = {"time": time.time(), "type": kind, **content}
         # One write of one line: a reader never sees half an event, a kill leaves at most one torn line at the end.
         # A name of a file may hold bytes that are no UTF-8: they are shown as `?`, they do not end the stage.
@@ -114,9 +119,11 @@ def run(main: Callable[[Job], Mapping[str, object]]) -> None:
     """Run `main` on the job folder named on the command line, write `result.json`, exit with its code."""
     job = Job(Path(sys.argv[1]))
     signal.signal(signal.SIGTERM, _remember_cancel(job))
+    if not job.is_main:  # what all of them print, the main one prints
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         result = {**main(job), "status": "completed"}
-        write_json(job.folder / RESULT_FILE, result)
+        _write_result(job, result)
         sys.exit(0)
     except Cancelled:
         result = {"status": "cancelled"}
@@ -128,8 +135,18 @@ def run(main: Callable[[Job], Mapping[str, object]]) -> None:
         traceback.print_exc()
         result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         code = EXIT_FAILED
-    write_json(job.folder / RESULT_FILE, result)
+    _write_result(job, result)
     sys.exit(code)
+
+
+def _write_result(job: Job, result: Mapping[str, object]) -> None:
+    """Write the result of the stage. Of several processes the main one does; another one only what made it fail.
+
+    A process that fails ends the others: that they were asked to stop then is no cancellation.
+    """
+    path, failed = job.folder / RESULT_FILE, result["status"] == "failed"
+    if (job.is_main or failed) and (result["status"] == "completed" or not path.exists()):
+        write_json(path, result)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -49,6 +49,9 @@ class Hardware(BaseModel):
     minimum_memory_gib: float = Field(default=4, gt=0)
     linux: bool = True
     macos: bool = False
+    distributions: list[Literal["ddp", "fsdp", "deepspeed"]] = Field(
+        default_factory=list, description="How its training can be spread over several processes."
+    )
 
 
 class CommonParameters(BaseModel):

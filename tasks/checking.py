@@ -12,6 +12,7 @@ from methods.registry import Method, StageName, find_method
 from tasks.base_models import require_safetensors
 from tasks.datasets import check_reference
 from tasks.gpus import wanted_gpus
+from tasks.launching import require_packages
 from tasks.method_inputs import fixed_models
 from tasks.models import own_base
 from tasks.scoring import scoring_options
@@ -87,7 +88,7 @@ def check_method(method: Method, config: TrainConfig) -> None:
             value=config.through,
             expected=f"one of {', '.join(method.lifecycle)}",
         )
-    method.stage_python("training")
+    require_packages(config, method.stage_python("training"))
     if "complete" in path_of(config):
         method.stage_python("saving")
     if config.evaluation_dataset is not None and not scored_stages(method):

@@ -125,22 +125,23 @@ def _uuids(nvidia_smi: str | None) -> dict[str, str]:
 
 
 def wanted_gpus(config: TrainConfig, settings: Settings | None = None) -> int:
-    """How many slots the train takes: what it asks for, else one if the host has any and the method uses it.
+    """How many slots the train takes: what it asks for, else one a process if the host has any and the method uses it.
 
     Raises UserError if the host has fewer.
     """
     available = len(host_slots(settings))
-    if config.gpus is None:
-        return min(1, available) if find_method(config.method).hardware.gpu != "none" else 0
-    if config.gpus > available:
+    wanted = config.gpus
+    if wanted is None:
+        wanted = config.processes if available and find_method(config.method).hardware.gpu != "none" else 0
+    if wanted > available:
         raise UserError(
             "the train asks for more GPUs than this host has",
-            field="gpus",
-            value=config.gpus,
+            field="processes" if config.gpus is None else "gpus",
+            value=wanted,
             expected=f"at most {available}" if available else "0: trains on this host may use no GPU",
             mend="ask for fewer, start it in the work pool of another host, or name more in TUNELINE_GPUS",
         )
-    return config.gpus
+    return wanted
 
 
 # --- taking and giving back -------------------------------------------------------------------------------------

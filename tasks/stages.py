@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -91,9 +91,15 @@ class StageKilled(StageFailed):
 
 
 def run_stage(
-    folder: Path, job: StageJob, python: Path, file: Path, grace_seconds: float, on_events: EventHandler
+    folder: Path,
+    job: StageJob,
+    python: Path,
+    file: Path,
+    grace_seconds: float,
+    on_events: EventHandler,
+    launcher: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run a stage file to its end and return its result.
+    """Run a stage file to its end and return its result; `launcher` are Python's arguments before the file.
 
     `on_events` gets the new events of this attempt, in order, a few times a second; an exception of it is logged and
     does not stop the stage. Raises UserError for what the stage refused or if the folder is in use, StageCancelled,
@@ -106,7 +112,7 @@ def run_stage(
         prepare_folder(folder, job)
         tail = EventTail(folder / contract.EVENTS_FILE)
         tail.read()  # those of earlier attempts were told then
-        with _lifeline(folder, python, file, grace_seconds, lock) as process:
+        with _lifeline(folder, [str(python), *launcher, str(file), str(folder)], grace_seconds, lock) as process:
             try:
                 while process.poll() is None:
                     time.sleep(_POLL_SECONDS)
@@ -196,17 +202,8 @@ def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lifeline(folder: Path, python: Path, file: Path, grace: float, lock: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = [
-        sys.executable,
-        "-S",
-        supervisor.__file__,
-        str(folder),
-        str(grace),
-        str(python),
-        str(file),
-        str(folder),
-    ]
+def _lifeline(folder: Path, stage: Sequence[str], grace: float, lock: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-S", supervisor.__file__, str(folder), str(grace), *stage]
     with (folder / "supervisor.log").open("ab") as log:
         process = subprocess.Popen(
             command,

@@ -31,6 +31,7 @@ from tasks.evaluation import evaluate, keep_evaluation, kept_evaluation
 from tasks.files import read_record, write_record, write_text
 from tasks.gpus import Withdrawn, borrowing_slot, release_slots, take_slots, wanted_gpus, withdraw_ticket
 from tasks.inference import Generation, inference_stage
+from tasks.launching import launcher
 from tasks.measuring import TEXT_KINDS, keep_measurement, measure
 from tasks.method_inputs import copied_files, fixed_models, method_inputs, with_copied_files
 from tasks.pages import as_html
@@ -364,7 +365,8 @@ def train_model(
     write_text(folder / _NOT_KEPT, "the stage has not ended yet\n")
     try:
         with monitor(record.run_id), forwarder.running():
-            run_stage(folder, job, python, file, load_settings().grace_seconds, follow)
+            how = launcher(record.config, folder, on_gpus=bool(record.gpus))
+            run_stage(folder, job, python, file, load_settings().grace_seconds, follow, how)
         write_text(folder / "done", "")
     finally:
         keep_files(record)

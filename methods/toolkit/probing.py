@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from methods import contract
-from methods.toolkit import generating
+from methods.toolkit import generating, processes
 from methods.toolkit.chat import Message, render_prompt
 from methods.toolkit.tokenizing import read_messages
 
@@ -53,6 +53,8 @@ class SampleWriter(TrainerCallback):
         self.messages = [messages for _, messages in read(rows, wanted)] if rows else []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if not self.job.is_main and not processes.is_parted(model):
+            return
         prompts = [render_prompt(self.tokenizer, messages[:-1]) for messages in self.messages]
         sampling = generating.Sampling(max_new_tokens=self.job.parameters["max_new_tokens"])
         training, cached = model.training, model.config.use_cache
@@ -61,6 +63,8 @@ class SampleWriter(TrainerCallback):
         answers = generating.generate(model, self.tokenizer, prompts, sampling)
         model.config.use_cache = cached
         model.train(training)
+        if not self.job.is_main:
+            return
         path = self.job.folder / "samples.jsonl"
         with path.open("a", encoding="utf-8") as file:
             for messages, answer in zip(self.messages, answers, strict=True):

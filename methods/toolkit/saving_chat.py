@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing
+from methods.toolkit import chat, merging, models, probing, processes
 
 
 def save_trained(
@@ -25,15 +25,26 @@ def save_trained(
 
     Returns the result of a training stage.
     """
-    probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
+    if job.is_main:
+        probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
     return save_model(job, trainer, tokenizer, outcome)
 
 
 def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
-    """Save the adapter (or the full weights) and the tokenizer; returns the result of a training stage."""
-    trainer.model.save_pretrained(job.output)
-    tokenizer.save_pretrained(job.output)
-    return {"model": str(job.output), "adapter": isinstance(trainer.model, PeftModel), **outcome}
+    """Save the adapter (or the full weights) and the tokenizer; returns the result of a training stage.
+
+    Of several processes the main one writes.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(str(job.output))  # gathers the parts of all processes
+        (job.output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
+    elif job.is_main:
+        trainer.model.save_pretrained(job.output)
+    if job.is_main:
+        tokenizer.save_pretrained(job.output)
+    processes.wait_for_all()
+    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    return {"model": str(job.output), "adapter": adapter, **outcome}
 
 
 def save_and_verify(job: contract.Job) -> dict[str, object]:

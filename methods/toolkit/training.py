@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
+from methods.toolkit import processes
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -174,7 +175,8 @@ class Repeatable(Scheduled):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         p = self.job.parameters
-        group = p["batch_size"] * p["grad_accum_steps"]
+        # Several processes take the batches in turn: what they take for one step is one group.
+        group = p["batch_size"] * p["grad_accum_steps"] * self.args.world_size
         return LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
@@ -247,6 +249,8 @@ class CheckpointKeeper(TrainerCallback):
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Asked by one signal each, they are to stop at the same step.
+        self.job.cancelled = processes.any_of(self.job.cancelled, args.device)
         if self.job.cancelled:
             control.should_save = True
             control.should_training_stop = True
@@ -255,8 +259,10 @@ class CheckpointKeeper(TrainerCallback):
             control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        contract.mark_complete(self.job.checkpoints / f"checkpoint-{state.global_step}")
-        contract.keep_newest(self.job.checkpoints, self.job.parameters["keep_checkpoints"])
+        processes.wait_for_all()  # each has written its part
+        if self.job.is_main:
+            contract.mark_complete(self.job.checkpoints / f"checkpoint-{state.global_step}")
+            contract.keep_newest(self.job.checkpoints, self.job.parameters["keep_checkpoints"])
 
 
 class EventWriter(TrainerCallback):
@@ -280,16 +286,16 @@ class EventWriter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         values = {ours: value for name, value in logs.items() if (ours := curve_name(name)) is not None}
         if "loss" in values:
-            values |= self._speed()
+            values |= self._speed(args.device)
         if "loss" in values or "eval_loss" in values:
             self.job.metrics(state.global_step, **values)
             shown = "  ".join(f"{name} {value:.6g}" for name, value in values.items())
             print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
 
-    def _speed(self) -> dict[str, float]:
+    def _speed(self, device: Any) -> dict[str, float]:
         now = time.monotonic()
-        real = self.trainer.real_positions - self._seen[0]
-        positions = self.trainer.all_positions - self._seen[1]
+        since = [self.trainer.real_positions - self._seen[0], self.trainer.all_positions - self._seen[1]]
+        real, positions = processes.summed(since, device)
         seconds = now - self._last
         self._seen = (self.trainer.real_positions, self.trainer.all_positions)
         self._last = now
@@ -315,7 +321,9 @@ def run_training(trainer: Any, job: contract.Job) -> dict[str, float]:
     Returns steps, seconds and the mean loss. Raises contract.Cancelled once a checkpoint is saved, contract.Refused
     if the loss is no longer a number.
     """
-    remove_torn_checkpoints(job.checkpoints)
+    if job.is_main:
+        remove_torn_checkpoints(job.checkpoints)
+    processes.wait_for_all()
     trainer.remove_callback(PrinterCallback)  # the same figures once more, as a dictionary
     resume = str(job.resume_from) if job.resume_from else None
     outcome = trainer.train(resume_from_checkpoint=resume)

@@ -1,0 +1,41 @@
+"""What the processes of one training agree on, where it is spread over several; alone, each says what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def is_spread() -> bool:
+    """Whether this training runs in several processes."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def any_of(flag: bool, device: Any) -> bool:
+    """Whether the flag is set in any of the processes; all of them are to ask at the same step."""
+    return bool(summed([int(flag)], device)[0])
+
+
+def summed(counts: Sequence[int], device: Any) -> list[int]:
+    """Each count, summed over all processes; all of them are to ask at the same step."""
+    if not is_spread():
+        return list(counts)
+    total = torch.tensor(counts, dtype=torch.int64, device=device)
+    distributed.all_reduce(total)
+    return [int(count) for count in total]
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if is_spread():
+        distributed.barrier()
+
+
+def is_parted(model: torch.nn.Module) -> bool:
+    """Whether the processes hold parts of the model (FSDP): then all of them take part in whatever it computes."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
