@@ -11,7 +11,8 @@ from torch import distributed
 
 def is_spread() -> bool:
     """Whether this training runs in several processes."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    started = distributed.is_available() and distributed.is_initialized()
+    return bool(started and distributed.get_world_size() > 1)
 
 
 def any_of(flag: bool, device: Any) -> bool:

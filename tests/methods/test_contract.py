@@ -20,11 +20,15 @@ from tasks.stages import EventTail, prepare_folder, stage_environment
 from tests.methods.stage_jobs import open_job, small_job, wait_for, write_stage
 
 
-def run_alone(folder: Path, file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_alone(
+    folder: Path, file: Path, *options: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a stage file the way an environment does that has nothing but Python."""
-    prepare_folder(folder, small_job(folder))
+    if environment is None:
+        prepare_folder(folder, small_job(folder))
     command = [sys.executable, *options, str(file), str(folder)]
-    return subprocess.run(command, env=stage_environment(), capture_output=True, text=True, timeout=60)
+    variables = stage_environment(environment)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -175,3 +179,31 @@ def test_only_marked_checkpoints_count_and_the_newest_is_last(tmp_path: Path) ->
             contract.mark_complete(tmp_path / name)
     found = [path.name for path in contract.complete_checkpoints(tmp_path)]
     assert found == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_of_several_processes_one_speaks_and_any_tells_why_it_failed(tmp_path: Path) -> None:
+    body = """
+        print("said by", os.environ["RANK"], flush=True)
+        job.metrics(1, loss=float(os.environ["RANK"]))
+        if "FAIL" in os.environ:
+            raise KeyError("rows of this one")
+        if "STOP" in os.environ:
+            raise contract.Cancelled
+        return {"rank": os.environ["RANK"]}
+    """
+    file, folder = write_stage(tmp_path, body), tmp_path / "job"
+    prepare_folder(folder, small_job(folder))
+    done = [run_alone(folder, file, environment={"RANK": rank}) for rank in ("1", "0", "1")]
+    assert [each.returncode for each in done] == [0, 0, 0]
+    assert [each.stdout for each in done] == ["", "said by 0\n", ""]
+    assert result_of(folder) == {"status": "completed", "rank": "0"}
+    losses = [event["values"]["loss"] for event in EventTail(folder / contract.EVENTS_FILE).read()]
+    assert losses == [0.0]
+
+    prepare_folder(folder, small_job(folder))
+    failed = run_alone(folder, file, environment={"RANK": "1", "FAIL": "1"})
+    assert failed.returncode == contract.EXIT_FAILED
+    assert "rows of this one" in failed.stderr
+    # The failure of one ends the others, which is no cancellation.
+    assert run_alone(folder, file, environment={"RANK": "0", "STOP": "1"}).returncode == contract.EXIT_CANCELLED
+    assert result_of(folder) == {"status": "failed", "error": "KeyError: 'rows of this one'"}

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
+from configs.profiles import Profile, write_profile
 from configs.records import ModelRecord, TrainRecord
+from configs.settings import load_settings
 from configs.train import TrainConfig
 from flows.cli_trains import print_evaluation
-from tasks import models, tracking, trains
+from tasks import lifecycle, models, tracking, trains
 from tests.own_methods import install_method
 
 TRAINING = """
@@ -142,6 +144,30 @@ def test_a_file_is_copied_so_that_the_record_alone_repeats_the_train(bench: Benc
     again = trains.open_train(trains.load_train(record.id).config, {}, [])
     bench.opened.append(again.id)
     assert Path(again.config.method_params["rewards"]).read_text() == "first"
+
+
+def test_a_copied_run_keeps_the_values_of_its_profile_although_they_changed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(**values: Any) -> None:
+        profile = Profile(method="mine", saved_from="x", **values)
+        write_profile("fast", profile, load_settings(), replace=True)
+
+    given = {"name": "pairs", "method": "mine", "base_model": str(bench.model), "dataset": str(bench.rows)}
+    save(hyperparameters={"lora_rank": 4}, method_params={"leaves_adapter": False})
+    monkeypatch.setattr(lifecycle, "_copied_train", lambda: None)
+    first = lifecycle._open_from_form(TrainConfig(**given), "customized", None, "fast")
+    assert (first.config.hyperparameters.lora_rank, first.config.method_params["leaves_adapter"]) == (4, False)
+    save(hyperparameters={"lora_rank": 64})
+    monkeypatch.setattr(lifecycle, "_copied_train", lambda: first)
+    again = lifecycle._open_from_form(TrainConfig(**given), "customized", None, "fast")
+    bench.opened += [first.id, again.id]
+    assert again.config == first.config
+    assert again.origins["hyperparameters.lora_rank"] == "profile fast"
+    monkeypatch.setattr(lifecycle, "_copied_train", lambda: None)
+    anew = lifecycle._open_from_form(TrainConfig(**given), "customized", None, "fast")
+    bench.opened.append(anew.id)
+    assert anew.config.hyperparameters.lora_rank == 64
 
 
 def test_whether_there_is_an_adapter_the_training_says_itself(bench: Bench) -> None:

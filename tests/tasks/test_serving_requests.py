@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import find_method
 from tasks import serving_requests
-from tasks.deploying import collect_probes
+from tasks.deploying import check_target, collect_probes
 from tasks.method_checks import check_method
 from tasks.serving_requests import predicted, verify_requests
 from tests.own_methods import install_method
@@ -262,6 +262,17 @@ def test_an_embedding_method_is_served_and_proved(home: Path, monkeypatch: pytes
     embedding_method(DEPLOYING.replace('embed(text, job.inputs["adapter"])', "[1.0, 0.0, 0.0]"))
     results = {result.check: result for result in check_method(find_method("mine"))}
     assert "other embeddings than the model's own inference stage" in results["deploying"].detail
+
+
+def test_a_method_says_what_serves_its_models(home: Path) -> None:
+    embedding_method()
+    method = find_method("mine")
+    assert check_target(method, None) == check_target(method, "custom") == "custom"
+    with pytest.raises(UserError, match=r"cannot be served so[\s\S]*one of custom"):
+        check_target(method, "transformers")
+    install_method()
+    with pytest.raises(UserError, match="models of the method mine cannot be served\n"):
+        check_target(find_method("mine"), None)
 
 
 def test_probes_of_a_model_that_was_not_trained_here_are_general_ones(home: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tasks import models, resuming, tracking, trains
 from tasks.checking import check_train
 from tasks.datasets import find_dataset
 from tasks.evaluation import read_evaluation
+from tasks.launching import launcher
 from tests.own_methods import install_method
 
 ROWS = [{"question": f"what is {n} and {n}", "answer": str(2 * n)} for n in range(12)]
@@ -178,6 +179,14 @@ def _gpus(bench: Bench) -> None:
             bench.prepared(gpus=3)
 
 
+def _spreading(bench: Bench) -> None:
+    record = bench.prepared(processes=3, distribution="fsdp")
+    config = launcher(record.config, bench.folder, on_gpus=False)[-1]
+    written = Path(config).read_text()
+    assert "num_processes: 3" in written
+    assert "distributed_type: FSDP" in written
+
+
 def _alerts(bench: Bench) -> None:
     """That they are sent: tests/deployments/test_alerts.py."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -225,6 +234,8 @@ CONSUMED: dict[str, Callable[[Bench], None]] = {
     "endpoint": _endpoint,
     "alerts": _alerts,
     "gpus": _gpus,
+    "processes": _spreading,
+    "distribution": _spreading,
     "resume_after_crash": _resume_after_crash,
     "hyperparameters": _job_parameters,
     "method_params": _job_parameters,
