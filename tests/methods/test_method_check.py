@@ -1,0 +1,51 @@
+"""`tuneline methods check --all`: every built-in method through every stage it declares, in the environments it names.
+
+The environments are made from the methods' own files, below TUNELINE_CHECK_HOME (by default in the user's cache), where
+they stay: some take gigabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from configs.settings import PROJECT_ROOT, load_settings
+from methods.registry import METHODS_FOLDER, find_method, read_manifest
+from tasks.environments import create_environment, files_of
+from tasks.method_checks import CheckResult, check_method
+
+BUILT_IN = [read_manifest(path).name for path in sorted(METHODS_FOLDER.glob("*/method.yaml"))]
+_HOME = Path(os.environ.get("TUNELINE_CHECK_HOME", "~/.cache/tuneline/check-home")).expanduser()
+
+
+@pytest.mark.methods
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_method_passes_its_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNELINE_HOME", str(_HOME))
+    method = find_method(name)
+    for file in files_of(method.folder):
+        create_environment(file, load_settings())
+
+    def tell(result: CheckResult) -> None:
+        print(f"{result.method}  {result.check}  {result.ok}  {result.seconds} s  {result.detail}", flush=True)
+
+    results = check_method(method, tell)
+    assert [result.check for result in results if result.ok is False] == []
+    assert {"training", "cancelling", "resuming", "a failing job"} <= {result.check for result in results} or [
+        result.check for result in results
+    ] == ["platform"]
+
+
+def test_every_file_of_a_method_is_in_the_package() -> None:
+    with (PROJECT_ROOT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["methods"]
+    packed = {path for pattern in patterns for path in METHODS_FOLDER.glob(pattern)}
+    for folder in {path.parent for path in METHODS_FOLDER.glob("*/method.yaml")}:
+        files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        left_out = {path for path in files if path.suffix != ".py"} - packed
+        assert left_out == set(), "see package-data in pyproject.toml"
+        assert (folder / "__init__.py").is_file() or not any(path.suffix == ".py" for path in files)
