@@ -172,12 +172,20 @@ class Repeatable(Scheduled):
     """
 
     lengths: list[int]
+    order: LengthGroupedOrder | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         p = self.job.parameters
         # Several processes take the batches in turn: what they take for one step is one group.
         group = p["batch_size"] * p["grad_accum_steps"] * self.args.world_size
-        return LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
+        self.order = LengthGroupedOrder(self.lengths, group if p["group_by_length"] else None, self.job.seed)
+        return self.order
+
+    def _run_epoch(self, *, epoch: int, **named: Any) -> Any:
+        # After a resume in several processes the library does not reach the order behind its skipped batches.
+        if self.order is not None:
+            self.order.set_epoch(epoch)
+        return super()._run_epoch(epoch=epoch, **named)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         self.count_positions(*(mask for name, mask in inputs.items() if name.endswith("attention_mask")))
