@@ -56,8 +56,9 @@ def _field_of_lifecycle(message: str) -> _Keys:
 def _wrong(
     source: YamlFile, keys: _Keys, problem: str, value: object, expected: str | None = None, mend: str | None = None
 ) -> UserError:
-    """An error at the line of the innermost of the keys that stands in the file."""
-    line = next((source.lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in source.lines), None)
+    """An error at the line of the innermost of the keys that stands in the file, or where what is in it begins."""
+    begins = min(source.lines.values(), default=1)
+    line = next((source.lines[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in source.lines), begins)
     field = ".".join(keys) or "method"
     return UserError(problem, file=source.path, line=line, field=field, value=value, expected=expected, mend=mend)
 

@@ -1,8 +1,10 @@
-"""A method of under forty lines, written outside of the repository, from its folder to its deletion."""
+"""The method of docs/methods.md: its files and commands taken from the page, from their folder to their deletion."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,55 +15,16 @@ import httpx
 import pytest
 from mlflow import MlflowClient
 
+from configs.records import TrainRecord
 from configs.settings import PROJECT_ROOT
 from tests.deployments.server import Server, installation_with_servers
 from tests.deployments.test_method_deployments import run_to_its_end
 
 pytestmark = pytest.mark.operations
 
-MANIFEST = """\
-name: plain-sgd
-description: LoRA with the plainest of training loops.
-types: [chat]
-lifecycle: [customized]
-hyperparameters: {unused: [tuning, num_generations], defaults: {learning_rate: 0.02, max_steps: 12}}
-parameters:
-  momentum: {type: number, minimum: 0, exclusiveMaximum: 1, default: 0.5, title: Momentum, description: Of the steps.}
-stages:
-  training: {file: training.py, environment: host}
-"""
-TRAINING = """\
-import json
-from pathlib import Path
-
-import torch
-from methods import contract
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-def main(job):
-    p, base = job.parameters, job.inputs["base_model"]
-    torch.manual_seed(job.seed)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    lora = LoraConfig(r=p["lora_rank"], target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
-    rows = [json.loads(line)["messages"] for line in Path(job.inputs["train_rows"]).read_text().splitlines()]
-    optimizer = torch.optim.SGD(model.parameters(), p["learning_rate"], momentum=p["momentum"])
-    for step in range(1, p["max_steps"] + 1):
-        text = tokenizer.apply_chat_template(rows[step % 2], tokenize=False)
-        batch = tokenizer(text, return_tensors="pt")
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        job.metrics(step, loss=loss.item())
-        if job.cancelled:
-            raise contract.Cancelled
-    model.save_pretrained(job.output)
-    return {"model": str(job.output), "adapter": True, "steps": step, "loss": loss.item()}
-
-contract.run(main)
-"""
+PAGE = (PROJECT_ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^`(focal/[\w.]+)`\n\n```\w+\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
+ADD, COPY, DELETE, CUSTOM01, CUSTOM02 = re.findall(r"^```bash\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -70,65 +33,91 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield made
 
 
-def tuneline(*arguments: str) -> str:
-    command = [sys.executable, "-m", "flows.cli", *arguments]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+def run(server: Server, commands: str) -> str:
+    """What the commands print, run in a folder outside of the repository; each of them has to succeed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euxc", commands],
+        cwd=server.root,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
     return done.stdout
 
 
-def curve(server: Server, run_id: str) -> list[float]:
-    history = MlflowClient(server.mlflow).get_metric_history(run_id, "loss")
+def curve(server: Server, record: TrainRecord) -> list[float]:
+    history = MlflowClient(server.mlflow).get_metric_history(record.run_id, "loss")
     return [point.value for point in sorted(history, key=lambda point: point.step)]
 
 
-def test_a_method_of_one_file_is_added_trains_is_copied_compared_and_deleted(server: Server) -> None:
-    assert MANIFEST.count("\n") + TRAINING.count("\n") < 40
-    folder = server.root / "plain"
-    folder.mkdir()
-    assert PROJECT_ROOT not in folder.parents
-    (folder / "method.yaml").write_text(MANIFEST)
-    (folder / "training.py").write_text(TRAINING)
-    assert run_to_its_end(server, "add-method/folder", {"folder": str(folder)}) == "Completed"
+def test_the_method_of_the_page_is_added_trains_is_copied_compared_and_deleted(server: Server) -> None:
+    assert sorted(FILES) == ["focal/focal.py", "focal/method.yaml"]
+    assert sum(text.count("\n") for text in FILES.values()) < 40
+    assert PROJECT_ROOT not in server.root.parents
+    (server.root / "focal").mkdir()
+    for name, text in FILES.items():
+        (server.root / name).write_text(text, encoding="utf-8")
+    told = run(server, ADD)
+    assert "customized/focal" in told
+    checked = [line for line in told.splitlines() if line.startswith("✓ focal: ")]
+    names = [line.removeprefix("✓ focal: ").rpartition(" (")[0] for line in checked]
+    assert names == ["tiny model", "training", "inference-customized", "cancelling", "resuming", "a failing job"]
 
     # A deployment with a form of its own, which the server enforces.
-    train: dict[str, Any] = server.train("plain")["train"] | {"method": "plain-sgd"}
-    fields = server.deployment("customized/plain-sgd")["parameter_openapi_schema"]["properties"]["train"]["properties"]
-    momentum, hyper = fields["method_params"]["properties"]["momentum"], fields["hyperparameters"]["properties"]
-    assert (momentum["title"], momentum["default"]) == ("Momentum", 0.5)
-    assert (hyper["max_steps"]["default"], "tuning" in hyper) == (12, False)
-    refused = server.start("customized/plain-sgd", {"train": train | {"method_params": {"momentum": 1}}})
+    train: dict[str, Any] = server.train("first-focal")["train"] | {"method": "focal"}
+    fields = server.deployment("customized/focal")["parameter_openapi_schema"]["properties"]["train"]["properties"]
+    gamma, hyper = fields["method_params"]["properties"]["gamma"], fields["hyperparameters"]["properties"]
+    assert (gamma["title"], gamma["default"], gamma["minimum"], gamma["maximum"]) == ("Gamma", 2, 1, 5)
+    assert hyper["tuning"]["enum"] == ["lora"]
+    assert hyper["learning_rate"]["default"] == 0.001
+    assert "num_generations" not in hyper
+    refused = server.start("customized/focal", {"train": train | {"method_params": {"gamma": 0.5}}})
     assert refused.status_code == httpx.codes.CONFLICT
-    assert "momentum" in refused.text
+    assert "gamma" in refused.text
 
-    # It trains, with the values of the form and its own defaults.
-    train["hyperparameters"] = {"lora_rank": 4}
-    given = train | {"method_params": {"momentum": 0.9}}
-    assert run_to_its_end(server, "customized/plain-sgd", {"train": given}) == "Completed"
-    first = server.record("plain")
-    assert first.origins["method_params.momentum"] == "form"
-    assert first.origins["hyperparameters.max_steps"] == "method plain-sgd"
-    losses = curve(server, first.run_id)
+    # It trains with the values of the form, and its own defaults.
+    train["hyperparameters"] = {"max_steps": 12, "batch_size": 4, "max_seq_length": 128}
+    assert run_to_its_end(server, "customized/focal", {"train": train | {"method_params": {"gamma": 3}}}) == "Completed"
+    first = server.record("first-focal")
+    assert first.config.method_params == {"gamma": 3.0}
+    assert first.origins["method_params.gamma"] == "form"
+    assert first.origins["hyperparameters.learning_rate"] == "method focal"
+    losses = curve(server, first)
     assert len(losses) == first.outcome["steps"] == 12
-    assert losses[-1] < 0.9 * losses[1]
+    assert losses[-1] < 0.9 * losses[0]
 
-    # It is copied with one change, and compared.
-    tuneline("trains", "copy", first.id, "--set", "name=plainer", "--set", "momentum=0", "--run")
-    second = server.record("plainer")
+    # It is copied with one change, and compared. Where every token is hard, gamma is near to making no difference.
+    told = run(server, COPY)
+    second = server.record("plain-focal")
     assert second.status == "completed"
-    compared = json.loads(tuneline("trains", "compare", first.id, second.id, "--json"))
-    assert compared["parameters"] == {"method_params.momentum": [0.9, 0.0]}
-    assert compared["figures"]["loss"][0] != compared["figures"]["loss"][1]
-    assert curve(server, second.run_id)[0] == losses[0]
+    assert re.search(r"method_params\.gamma +3(\.0)? +1(\.0)?\b", told), told
+    compared = json.loads(run(server, f"tuneline trains compare {first.id} {second.id} --json"))
+    assert compared["parameters"] == {"method_params.gamma": [3.0, 1.0]}
+    assert curve(server, second)[0] > losses[0]
 
     # It is deleted, and what it has made stays readable.
-    assert run_to_its_end(server, "delete-method/name", {"name": "plain-sgd"}) == "Completed"
-    assert server.http.get("/deployments/name/customized/plain-sgd").status_code == httpx.codes.NOT_FOUND
-    assert not (server.settings.methods / "plain-sgd").exists()
-    assert folder.is_dir()
-    shown = tuneline("trains", "show", first.id)
-    assert "momentum" in shown
-    assert first.id in shown
-    models = json.loads(tuneline("models", "list", "--json"))["mine"]
-    assert {model["method"] for model in models} == {"plain-sgd"}
+    told = run(server, DELETE)
+    assert server.http.get("/deployments/name/customized/focal").status_code == httpx.codes.NOT_FOUND
+    assert server.http.get("/deployments/name/customized/sft").status_code == httpx.codes.OK
+    assert not (server.settings.methods / "focal").exists()
+    assert (server.root / "focal").is_dir()
+    assert first.id in told
+    assert "gamma" in told
+    assert "step 12/12" in told
+    assert curve(server, first) == losses
+    models = json.loads(run(server, "tuneline models list --json"))["mine"]
+    assert {model["method"] for model in models} == {"focal"}
     assert Path(models[0]["path"]).is_dir()
+
+
+@pytest.mark.parametrize(("template", "commands"), [("my-trainer", CUSTOM01), ("my-command", CUSTOM02)])
+def test_a_copy_of_a_template_is_added_and_passes_its_check(server: Server, template: str, commands: str) -> None:
+    told = run(server, commands)
+    assert f"✓ {template}: resuming" in told
+    assert "✗" not in told
+    assert server.deployment(f"complete/{template}")
+    assert run_to_its_end(server, "delete-method/name", {"name": template}) == "Completed"

@@ -126,9 +126,12 @@ def test_every_command_of_a_page_is_one(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".zh.md")])
-def test_a_translated_page_has_the_commands_of_the_page(page: str) -> None:
-    for language in ("bash", "sh"):
-        assert _blocks(page, language) == _blocks(page.replace(".zh.md", ".md"), language)
+def test_a_translated_page_has_the_commands_and_files_of_the_page(page: str) -> None:
+    original = page.replace(".zh.md", ".md")
+    for language in ("bash", "sh", "python"):
+        assert _blocks(page, language) == _blocks(original, language)
+    here, there = ([yaml.safe_load(block) for block in _blocks(each, "yaml")] for each in (page, original))
+    assert here == there  # comments are translated
 
 
 @pytest.mark.parametrize("page", [*READMES, *PAGES])

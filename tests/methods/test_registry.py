@@ -56,7 +56,10 @@ def common(**groups: Any) -> dict[str, Any]:
 # Changes of a good manifest, the line at fault as it stands there, and what is told.
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"name": "Has Blanks"}, "name: Has Blanks", "field: name"),
-    ({"description": None}, "", "field: description"),
+    ({"description": None}, "name: mine", "field: description"),
+    ({"stages": None}, "name: mine", "field: stages"),
+    ({"stages": {"training": {"environment": "host"}}}, "  training:", "field: stages.training.file"),
+    ({"stages": {"training": {"file": "training.py"}}}, "  training:", "field: stages.training.environment"),
     ({"types": ["music"]}, "types:", "field: types.0 = 'music'"),
     ({"colour": "red"}, "colour: red", "field: colour"),
     ({"folder": "/tmp"}, "folder: /tmp", "there is no such field"),
@@ -129,9 +132,8 @@ def test_a_wrong_manifest_is_refused_with_file_line_and_field(
         read_manifest(path)
     assert told in str(caught.value)
     assert caught.value.file == str(path)
-    at = caught.value.line
-    assert (path.read_text().splitlines()[at - 1] if at else "").startswith(line)
-    assert (at is None) == (line == "")
+    assert caught.value.line is not None
+    assert path.read_text().splitlines()[caught.value.line - 1].startswith(line)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "name: [\n", "just words\n", "\xff\xfe"])

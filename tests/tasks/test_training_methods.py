@@ -56,7 +56,8 @@ def test_a_method_is_added_with_its_form_and_deleted_without_a_trace(folder: Pat
     assert made.title == "customized/mine"
     train = made.form["properties"]["train"]["properties"]
     assert train["method_params"]["properties"]["strength"]["minimum"] == 1
-    with pytest.raises(UserError, match=r"of this name already[\s\S]*methods delete mine"):
+    taken = r"my method/method\.yaml:2: there is a method of this name already[\s\S]*methods delete mine"
+    with pytest.raises(UserError, match=taken):
         add_method(folder, settings)
 
     config = TrainConfig(name="past", method="mine", base_model="b", dataset="d")
@@ -117,7 +118,7 @@ def test_what_leads_out_of_the_folder_or_is_no_file_is_refused_and_nothing_is_co
         add_method(folder, settings)
     (folder / "pipe").unlink()
     (folder / "method.yaml").write_text(MANIFEST.replace("training.py", "absent.py"))
-    with pytest.raises(UserError, match=r"stages\.training\.file"):
+    with pytest.raises(UserError, match=r"my method/method\.yaml:7: no such file[\s\S]*stages\.training\.file"):
         add_method(folder, settings)
     with pytest.raises(UserError, match="no folder of a method"):
         add_method(tmp_path, settings)
