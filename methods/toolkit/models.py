@@ -75,6 +75,17 @@ def _loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:
     }
 
 
+def keep_differentiable(model: Any) -> None:
+    """Let gradients pass through 4-bit weights on a CPU after an evaluation as well.
+
+    At the first forward pass outside of training, bitsandbytes 0.50 packs the weights anew for a kernel that has no
+    backward pass; training then goes on without the gradients of the layers below.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_with_adapter(base: str, adapter: str | None, dtype: str, load: Load = load_model) -> Any:
     """Load an unquantised base model, with the adapter on top of it if one is given, in evaluation mode."""
     model = load(base, dtype)

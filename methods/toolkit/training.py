@@ -158,6 +158,11 @@ class Scheduled:
         keep_above_floor(scheduler, p["lr_decay_ratio"])
         return scheduler
 
+    def evaluate(self, *given: Any, **named: Any) -> Any:
+        # Its data loader draws a random number, which training after it would miss.
+        with torch.random.fork_rng():
+            return super().evaluate(*given, **named)  # type: ignore[misc]
+
     def count_positions(self, *masks: Any) -> None:
         """Count the positions of a batch, and those of them that its attention masks do not leave out."""
         self.real_positions += sum(int(mask.sum()) for mask in masks)
@@ -255,6 +260,7 @@ class CheckpointKeeper(TrainerCallback):
 
     def __init__(self, job: contract.Job) -> None:
         self.job = job
+        self._evaluated_at = -1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # Asked by one signal each, they are to stop at the same step.
@@ -262,9 +268,17 @@ class CheckpointKeeper(TrainerCallback):
         if self.job.cancelled:
             control.should_save = True
             control.should_training_stop = True
+        elif args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+            # The library saves first, and who resumes from there would never evaluate this epoch.
+            control.should_evaluate = True
+            self._evaluated_at = state.global_step
         if control.should_save:
             # A loss that was summed up but not logged is in no checkpoint: a resumed curve would lack it.
             control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.job.cancelled or self._evaluated_at == state.global_step:
+            control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes.wait_for_all()  # each has written its part

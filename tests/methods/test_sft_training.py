@@ -105,6 +105,24 @@ def test_a_train_whose_last_checkpoint_is_its_end_saves_the_same_once_more(
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(tmp_path).items())
 
 
+def test_an_epoch_is_evaluated_before_its_last_checkpoint_and_training_goes_on_the_same(
+    bench: Bench, tmp_path: Path
+) -> None:
+    hyper: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lora_dropout": 0.3, "num_generations": 1}
+    alone = bench.train(validation=True, checkpoint_steps=6, **hyper)
+    checkpoint = tmp_path / "resumed" / "checkpoints" / "checkpoint-6"
+    shutil.copytree(alone / "checkpoints" / "checkpoint-6", checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [6]
+    folder, rows = checkpoint.parents[1], bench.rows
+    sft.main(open_job(folder, training_job(folder, bench.base, rows, validation=rows, resume=checkpoint, **hyper)))
+    for name in ("loss", "eval_loss"):
+        assert curve(folder, name) == {step: values for step, values in curve(alone, name).items() if step > 6}
+    assert sorted(curve(alone, "eval_loss")) == [6, 12]  # once each
+    expected = weights(alone)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(folder).items())
+
+
 def test_a_logged_mean_survives_a_resume_between_two_points(bench: Bench) -> None:
     folder = bench.train(max_steps=9, batch_size=4, logging_steps=4, checkpoint_steps=3)
     assert sorted(curve(folder, "loss")) == [1, 3, 4, 6, 8, 9]
@@ -232,6 +250,14 @@ def test_gradient_checkpointing_changes_no_loss(bench: Bench, tuning: str) -> No
 def test_an_adapter_on_a_4bit_base_learns(bench: Bench) -> None:
     found = bench.losses(load_in_4bit=True, max_steps=10, batch_size=21, learning_rate=1e-2)
     assert found[-1] < found[0]
+
+
+def test_an_evaluation_does_not_disturb_the_training_on_a_4bit_base(bench: Bench) -> None:
+    hyper: dict[str, Any] = {"load_in_4bit": True, "max_steps": 8, "batch_size": 4, "learning_rate": 1e-2}
+    evaluated = bench.train(validation=True, evaluation_steps=2, num_generations=1, **hyper)
+    alone = bench.train(**hyper)
+    assert curve(evaluated, "eval_loss")
+    assert curve(evaluated, "grad_norm") == curve(alone, "grad_norm")
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
