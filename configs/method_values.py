@@ -58,6 +58,7 @@ def problems_of_method(
         *_unknown(method, own, places),
         *([] if only_given else _missing(method, own)),
         *_impossible(method, own, places),
+        *_never_complete(method, values, own, places),
     ]
 
 
@@ -68,6 +69,26 @@ def _not_spread(method: Method, values: Mapping[str, Any], places: Mapping[str, 
     problem = f"the training of the method {method.name} cannot be spread so"
     expected = f"one of none, {', '.join(known)}" if known else "none: it runs in one process"
     return [Problem(problem, "distribution", places.get("distribution"), wanted, expected)]
+
+
+def _never_complete(
+    method: Method, values: Mapping[str, Any], own: Mapping[str, Any], places: Mapping[str, Place]
+) -> list[Problem]:
+    """A train that is to go further than what its own parameters leave can go."""
+    through = values.get("through")
+    if through not in ("complete", "deployed"):
+        return []
+    found = []
+    for name, kept in method.stays_customized.items():
+        value = own.get(name, method.parameter_defaults.get(name))
+        if value in kept:
+            problem = f"what is trained with {name} {value} cannot be made a complete model"
+            served = (
+                "; `tuneline deploy MODEL --target custom` serves it" if "custom" in method.deployment_targets else ""
+            )
+            mend = f"leave it out: the train ends with a customized model{served}"
+            found.append(Problem(problem, "through", places.get("through"), through, "customized", mend))
+    return found
 
 
 def _unused(method: Method, hyper: Mapping[str, Any], places: Mapping[str, Place]) -> list[Problem]:

@@ -91,6 +91,10 @@ class Method(BaseModel):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="JSON schema of the parameters only this method has, by name."
     )
+    stays_customized: dict[str, list[Any]] = Field(
+        default_factory=dict,
+        description="Parameters of its own with the values that leave what no complete model can be made of.",
+    )
     folder: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")

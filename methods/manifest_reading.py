@@ -15,7 +15,7 @@ from configs.aliases import spelling_key, spelling_table
 from configs.environments import ENVIRONMENT_NAME, read_environment
 from configs.environments import RECORD as ENVIRONMENT_RECORD
 from configs.errors import UserError
-from configs.parameter_schemas import schema_fault
+from configs.parameter_schemas import fits, limits, schema_fault
 from configs.reference import fields_of, limits_of
 from configs.settings import load_settings
 from configs.strict_yaml import YamlFile, read_yaml
@@ -41,7 +41,7 @@ def read_manifest(path: Path) -> Method:
         raise _wrong(
             source, at, first["msg"].removeprefix("Value error, "), first["input"] if keys else None
         ) from error
-    for fault in (_file_fault, _environment_fault, _common_fault, _parameter_fault):
+    for fault in (_file_fault, _environment_fault, _common_fault, _parameter_fault, _customized_fault):
         found = next(fault(method, source), None)
         if found is not None:
             raise found
@@ -170,3 +170,15 @@ def _parameter_fault(method: Method, source: YamlFile) -> Iterator[UserError]:
         elif method.takes_file(name) and schema.get("default") and not _is_inside(method.folder, schema["default"]):
             problem = "no such file inside the method's folder"
             yield _wrong(source, (*keys, "default"), problem, schema["default"], "a file of it, or `default: null`")
+
+
+def _customized_fault(method: Method, source: YamlFile) -> Iterator[UserError]:
+    """What is wrong with the values that are said to leave no complete model."""
+    for name, values in method.stays_customized.items():
+        keys = ("stays_customized", name)
+        if name not in method.parameters:
+            expected = f"one of {', '.join(method.parameters)}" if method.parameters else None
+            yield _wrong(source, keys, "the method has no such parameter of its own", name, expected)
+        elif other := [value for value in values if not fits(method.parameters[name], value)]:
+            expected = limits(method.parameters[name])
+            yield _wrong(source, keys, "the parameter does not take this value", other[0], expected)

@@ -74,6 +74,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"stages": {"training": {**STAGE, "file": "../out.py"}}}, "    file: ../out.py", "no such file inside"),
     ({"stages": {"training": {**STAGE, "file": "out.py"}}}, "    file: out.py", "no such file inside"),
     ({"stages": {"training": {**STAGE, "file": "circle.py"}}}, "    file: circle.py", "no such file inside"),
+    ({**own(**PLAIN), "stays_customized": {"gamma": [1]}}, "  gamma:", "no such parameter of its own"),
+    ({**own(**PLAIN), "stays_customized": {"beta": [0.5, "x"]}}, "  beta:", "the parameter does not take this value"),
     # environments
     (
         {"stages": {"training": {**STAGE, "environment": "songs"}}},
