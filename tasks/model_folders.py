@@ -63,6 +63,7 @@ def base_of_adapter(path: Path) -> Path:
             field="peft_type",
             value=kind,
             expected="an adapter of layers, such as LORA or IA3",
+            mend="deploy it with the target custom, if its method offers that",
         )
     base = (path / Path(named).expanduser()).resolve()
     if not named or not (base / "config.json").is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.endpoints import Deployment, Probe
 from configs.errors import UserError
 from tasks.files import last_lines
-from tasks.model_folders import TOKENIZER_FILES, base_of_adapter, check_model_folder, is_adapter
+from tasks.model_folders import TOKENIZER_FILES, base_of_adapter, check_model_folder, is_adapter, read_json
 from tasks.model_server import (
     TOOLKIT,
     EndpointWork,
@@ -32,6 +32,8 @@ def ready() -> str | None:
 def check(deployment: Deployment) -> None:
     """Refuse what cannot be served, before anything is started. Raises UserError."""
     check_model_folder(deployment.model_path)
+    if is_adapter(deployment.model_path):
+        _check_adapter(deployment.model_path)
 
 
 def prepare(work: EndpointWork, deployment: Deployment) -> Path:
@@ -120,6 +122,23 @@ def environment(served: Path) -> dict[str, str]:
             "PYTHONSAFEPATH": "1",  # or the modules beside the program would shadow installed ones
         }
     )
+
+
+def _check_adapter(path: Path) -> None:
+    """Refuse the adapters that transformers does not load as peft does: it leaves DoRA's magnitudes out in silence."""
+    file = path / "adapter_config.json"
+    config = read_json(file)
+    wrong = {"peft_type": config.get("peft_type") == "ADALORA", "use_dora": bool(config.get("use_dora"))}
+    for field, found in wrong.items():
+        if found:
+            raise UserError(
+                "transformers cannot serve an adapter of this kind",
+                file=file,
+                field=field,
+                value=config[field],
+                expected="LORA without DoRA, or IA3",
+                mend="`tuneline save` makes a complete model of it, which can be served",
+            )
 
 
 def _link_adapter_over_base(adapter: Path, view: Path) -> None:

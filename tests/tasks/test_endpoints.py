@@ -367,7 +367,9 @@ def test_a_mistake_is_told_before_anything_is_started(served: Served, asked: dic
     [
         ({"base_model_name_or_path": "/nowhere/base"}, "base model of this adapter is not on this host"),
         ({"base_model_name_or_path": None}, "base model of this adapter is not on this host"),
-        ({"peft_type": "PROMPT_TUNING"}, "cannot be served"),
+        ({"peft_type": "PROMPT_TUNING"}, r"cannot be served[\s\S]*target custom"),
+        ({"peft_type": "ADALORA"}, r"transformers cannot serve an adapter of this kind[\s\S]*tuneline save"),
+        ({"use_dora": True}, "transformers cannot serve an adapter of this kind"),
     ],
 )
 def test_an_adapter_that_cannot_be_served_is_refused(
