@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,21 +51,84 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sampling) -> list[Answer]:
+def stream(model: Any, tokenizer: Any, prompt: list[int], sampling: Sampling) -> Generator[str, None, Answer]:
+    """Answer one prompt (token ids), giving the text piece by piece as it is made; returns the whole answer.
+
+    Closed early, it stops making the answer.
+    """
+    import torch
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    enough = threading.Event()
+
+    def stop(ids: Any, _scores: Any) -> Any:
+        return torch.full((len(ids),), enough.is_set(), device=ids.device)
+
+    def make() -> list[Answer]:
+        try:
+            return _generate_batch(model, tokenizer, [prompt], sampling, streamer=streamer, stopping_criteria=[stop])
+        finally:
+            streamer.end()  # whoever waits for the next piece would wait for ever
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(make)
+        try:
+            yield from streamer
+        finally:
+            enough.set()
+        return answer.result()[0]
+
+
+def _generate_batch(
+    model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sampling, **watched: Any
+) -> list[Answer]:
     import torch
 
     width = max(len(prompt) for prompt in prompts)
     # Padded on the left, masked by position and not by token: pad and end token are often the same.
-    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    arguments = {**_arguments(model, tokenizer, sampling), **watched}
     with torch.inference_mode():
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            **_arguments(model, tokenizer, sampling),
-        )
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        trained = trained_prompt(model)
+        if trained is None:
+            output = model.generate(input_ids=ids, attention_mask=mask, **arguments)[:, width:]
+        else:
+            embedded, mask = behind_padding(trained, model.get_input_embeddings()(ids), mask)
+            output = model.get_base_model().generate(inputs_embeds=embedded, attention_mask=mask, **arguments)
     ends = end_tokens(model, tokenizer)
-    return [_answer(tokenizer, row[width:].tolist(), ends, sampling.max_new_tokens) for row in output]
+    return [_answer(tokenizer, row.tolist(), ends, sampling.max_new_tokens) for row in output]
+
+
+def trained_prompt(model: Any) -> Any | None:
+    """The embeddings (tokens, hidden size) that prompt tuning puts before the input; None for any other model."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type == "PREFIX_TUNING":
+        return None
+    return model.get_prompt(batch_size=1)[0]
+
+
+def behind_padding(trained: Any, embedded: Any, mask: Any) -> tuple[Any, Any]:
+    """Put a trained prompt between the padding and the tokens of each row; returns embeddings and attention mask.
+
+    `embedded` (rows, width, hidden size) is padded on the left, `mask` (rows, width) is 0 there. peft itself puts it
+    before the padding, so that the tokens stand further from it than in training, and rows answer otherwise in a
+    batch than alone.
+    """
+    import torch
+
+    rows, width, hidden = embedded.shape
+    tokens = trained.shape[0]
+    result = embedded.new_zeros((rows, tokens + width, hidden))
+    attended = torch.cat([mask.new_zeros((rows, tokens)), mask], dim=1)
+    for row, real in enumerate(mask.sum(dim=1).tolist()):
+        start = width - real
+        result[row, start : start + tokens] = trained.to(embedded.dtype)
+        result[row, start + tokens :] = embedded[row, start:]
+        attended[row, start : start + tokens] = 1
+    return result, attended
 
 
 def _arguments(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:

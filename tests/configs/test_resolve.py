@@ -418,6 +418,31 @@ def test_what_the_method_cannot_take_is_told_together_with_the_rest(tmp_path: Pa
     assert all(f"train.yaml:{line}" in told for line in (5, 6, 7, 8))
 
 
+@pytest.mark.parametrize(
+    ("technique", "through", "refused"),
+    [
+        ("prompt_tuning", "complete", True),
+        ("llama_adapter", "deployed", True),
+        ("prompt_tuning", "customized", False),
+        ("ia3", "deployed", False),
+    ],
+)
+def test_a_train_goes_no_further_than_what_its_parameters_leave_can(
+    technique: str, through: str, refused: bool
+) -> None:
+    given = ["name=t", "base_model=smollm2-135m-instruct", "dataset=rows", "method=peft"]
+    given += [f"technique={technique}", f"through={through}"]
+    if not refused:
+        assert resolve_train(None, given).config.through == through
+        return
+    with pytest.raises(
+        UserError, match=f"what is trained with technique {technique} cannot be made a complete"
+    ) as told:
+        resolve_train(None, given)
+    assert (told.value.field, told.value.value) == ("through (command line)", through)
+    assert "tuneline deploy MODEL --target custom" in str(told.value)
+
+
 def test_a_required_parameter_that_is_not_given_is_told(tmp_path: Path) -> None:
     own_method(parameters={"reward_model": {"type": "string", "format": "model", "required": True}})
     told = "a required parameter is missing\n  field: method_params.reward_model\n  expected: a registered model"
