@@ -37,7 +37,8 @@ class Server:
         self.settings, self.root = settings, root
         self.api = f"http://127.0.0.1:{settings.prefect_port}/api"
         self.mlflow = f"http://127.0.0.1:{settings.mlflow_port}"
-        self.http = httpx.Client(base_url=self.api, trust_env=False, timeout=30)
+        # Writers of Prefect's SQLite file wait for one another for up to a minute, which happens with several pools.
+        self.http = httpx.Client(base_url=self.api, trust_env=False, timeout=180)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         answer = self.http.post(path, json=body)
