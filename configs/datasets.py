@@ -248,6 +248,36 @@ class Example(BaseModel):
     parts: list[ExamplePart]
 
 
+class RenderedPart(BaseModel):
+    """A piece of a rendered prompt; long ones are cut, and then `characters` is more than the text has."""
+
+    text: str
+    characters: int
+    trained: bool
+
+
+class Rendered(BaseModel):
+    """What the model's template makes of a row, or of one of its answers."""
+
+    line: int
+    label: str = Field(description="Which of the row's answers or texts this is; empty where there is one.")
+    tokens: int
+    parts: list[RenderedPart]
+
+
+class TokenReport(BaseModel):
+    """What a base model's tokenizer and template make of the rows, as training will read them."""
+
+    model: str
+    rows: int = Field(description="Rows that were rendered: all, or a sample of a large dataset.")
+    of_rows: int = Field(description="Kept rows of the dataset.")
+    not_renderable: dict[str, int] = Field(description="Rows that the template refuses, by its reason.")
+    tokens: LengthStatistics | None = Field(description="Tokens of a rendering; a row with two answers has two.")
+    trained_tokens: LengthStatistics | None
+    histogram: list[Bin] = Field(description="Tokens of a rendering, in bins of equal width.")
+    examples: list[Rendered] = Field(description="The first rows.")
+
+
 class Overlap(BaseModel):
     """What rows have in common with another dataset, such as that of the evaluation."""
 
@@ -282,10 +312,11 @@ class DatasetReport(BaseModel):
     turns: LengthStatistics | None = Field(description="Assistant messages of a row.")
     kind: Kind | None = Field(default=None, description="What the rows are stored as; None when no row is an object.")
     fields: dict[str, FieldStatistics] = Field(default_factory=dict, description="Length of each field.")
-    scripts: dict[str, int] = Field(default_factory=dict, description="Rows by the script most of their letters have.")
+    scripts: dict[str, int] = Field(default_factory=dict, description="Rows by the script that most of them is in.")
     examples: list[Example] = Field(default_factory=list, description="The first kept rows.")
     images: int = Field(default=0, description="Different images that the kept rows show.")
     overlap: Overlap | None = Field(default=None, description="Set when another dataset was named to compare with.")
+    tokens: TokenReport | None = Field(default=None, description="Set when a base model was named.")
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -157,7 +157,9 @@ class AddDataset(BaseModel):
     """What the flow `add-dataset` needs."""
 
     file: Text = Field(
-        title="File", description="JSON Lines or JSON file on the host that the worker runs on; its absolute path."
+        title="File",
+        description="File of rows (JSON Lines, JSON, CSV, Excel, Parquet), or folder or archive of rows and images, on "
+        "the host that the worker runs on; its absolute path.",
     )
     name: Slug | None = Field(default=None, title="Name", description="Name of the dataset. Empty: the file's.")
     prompt_column: Text | None = Field(

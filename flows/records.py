@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 
@@ -21,6 +21,7 @@ from deployments.services import connect
 from deployments.work_pools import WORK_POOL
 from methods.registry import find_method
 from tasks import base_models, datasets, deploying, method_checks, training_methods
+from tasks.dataset_report import as_markdown
 from tasks.method_checks import CheckResult
 
 
@@ -43,6 +44,8 @@ def add_dataset(
     columns = Columns(prompt=prompt_column, completion=completion_column)
     version = datasets.add_dataset(_absolute(file, "file"), name, columns, shape, allow_refused=allow_refused)
     get_run_logger().info("%s rows stored as %s", version.rows, version.reference)
+    page = as_markdown(version.report, version.reference)
+    create_markdown_artifact(page, key="dataset-report", description=f"dataset {version.reference}")
     return version.reference
 
 

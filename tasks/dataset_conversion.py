@@ -246,8 +246,8 @@ def _encode(body: Body, parsed: ParsedRow, extra: Object, layout: RowLayout) -> 
     try:
         "".join(parsed.value).encode()
         content = encoded(body)
-        beside = encoded({"line": parsed.place, "extra": extra} if extra else {"line": parsed.place})
-        return b"%b,%b\n" % (content[:-1], beside[1:]), content
+        beside = b',"extra":%b' % encoded(extra) if extra else b""
+        return b'%b,"line":%d%b}\n' % (content[:-1], parsed.place, beside), content
     except UnicodeEncodeError as error:
         found = excerpt(error.object[error.start : error.end])
         raise RowRefusedError(

@@ -117,6 +117,9 @@ def empty(field: str, name: str, found: str) -> RowRefusedError:
     )
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def encoded(value: object) -> bytes:
     """Compact UTF-8 JSON. Raises UnicodeEncodeError for half of a surrogate pair."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _encoder.encode(value).encode()

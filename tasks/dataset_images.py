@@ -44,10 +44,7 @@ class ImageFolder:
             raise wrong_type(field, reference, "the path of an image")
         path = self._find(reference, field)
         if str(path) not in self._taken:
-            size = path.stat().st_size
-            if size > MAX_IMAGE_BYTES:
-                raise _refused("image_too_large", field, f"{size:,} bytes", f"at most {MAX_IMAGE_BYTES:,} bytes")
-            self._taken[str(path)] = self._keep(path.read_bytes(), field)
+            self._taken[str(path)] = self._keep(_read(path, field), field)
         return self._taken[str(path)]
 
     def _find(self, reference: str, field: str) -> Path:
@@ -82,6 +79,16 @@ class ImageFolder:
                 os.fsync(file.fileno())  # the version, once it has its name, is whole
         self._names.add(name)
         return name
+
+
+def _read(path: Path, field: str) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_IMAGE_BYTES:
+        raise _refused("image_too_large", field, f"{size:,} bytes", f"at most {MAX_IMAGE_BYTES:,} bytes")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _refused("image_unreadable", field, str(error.strerror), "an image that may be read") from None
 
 
 def _suffix(data: bytes, field: str) -> str:

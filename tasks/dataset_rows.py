@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,8 @@ _SCRIPTS = {
 }
 _LETTERS = {name: re.compile(f"[{characters}]") for name, characters in _SCRIPTS.items()}
 _LETTER = re.compile("[A-Za-z]")
-_SCRIPT_SAMPLE = 400
+_SCRIPT_SAMPLE = 200
+_LETTERS_OF_A_WORD = 5
 
 
 class Part(NamedTuple):
@@ -80,11 +83,16 @@ def _message(message: Body, field: str) -> Part:
 
 
 def prompt_of(kind: Kind, body: Body) -> object:
-    """The part of a row that is asked; rows that share it differ only in their answers."""
+    """The part of a row that is asked; rows that share it differ only in their answers.
+
+    A conversation and a preference pair that ask the same share it too.
+    """
+    if kind in ("preference", "ranking"):
+        return body["prompt"]
     if kind in ("chat", "chat_tools", "vision"):
-        return [body["messages"][:-1], body.get("images"), body.get("tools")]
-    answers = ("chosen", "rejected", "answers", "scores", "positive", "negative", "score", "caption")
-    return [value for name, value in body.items() if name not in answers]
+        asked = body["messages"][:-1]
+        return [asked, body["images"]] if "images" in body else asked
+    return [value for name, value in body.items() if name not in ("positive", "negative", "score", "caption")]
 
 
 def key(content: object) -> int:
@@ -92,19 +100,34 @@ def key(content: object) -> int:
     return int.from_bytes(hashlib.sha256(encoded(content)).digest()[:8])
 
 
-def main_script(found: list[Part]) -> str:
-    """The script that most letters at the start of a row's texts have; `none` without letters.
+def key_of_line(stored: bytes) -> int:
+    """The first 8 bytes of the hash of a stored row as it is."""
+    return int.from_bytes(hashlib.sha256(stored).digest()[:8])
 
-    Japanese is `kana` and Chinese is `han`: Japanese texts have both, so kana weigh double.
+
+def main_script(found: list[Part]) -> str:
+    """The script that most of the start of a row's texts is written in; `none` without letters.
+
+    Japanese is `kana` and Chinese is `han`: Japanese texts have both, so kana weigh double. A Chinese text with names
+    or code in Latin letters stays Chinese: five such letters weigh as one character.
     """
     sample = " ".join(part.text[:_SCRIPT_SAMPLE] for part in found[:4])
     if sample.isascii():
         return "latin" if _LETTER.search(sample) else "none"
-    counts = {name: len(pattern.findall(sample)) for name, pattern in _LETTERS.items()}
+    counts = dict.fromkeys(_SCRIPTS, 0.0)
+    for character, count in Counter(sample).items():
+        if (script := _script(character)) is not None:
+            counts[script] += count
+    counts["latin"] /= _LETTERS_OF_A_WORD
     if counts["kana"]:
         counts["kana"] = 2 * counts["kana"] + counts["han"]
     best = max(counts, key=lambda name: counts[name])
     return best if counts[best] else "none"
+
+
+@lru_cache(maxsize=65_536)
+def _script(character: str) -> str | None:
+    return next((name for name, pattern in _LETTERS.items() if pattern.match(character)), None)
 
 
 def read_stored(path: Path) -> Iterator[tuple[int, Body, bytes]]:

@@ -6,8 +6,9 @@ import hashlib
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.datasets import (
     Bin,
@@ -16,31 +17,37 @@ from configs.datasets import (
     Example,
     ExamplePart,
     FieldStatistics,
+    FileFormat,
     LengthStatistics,
     Problem,
 )
-from tasks.dataset_conversion import Row, convert_rows
-from tasks.dataset_images import ImageFolder
+from tasks.dataset_conversion import Row
 from tasks.dataset_rows import Part, main_script, parts
 from tasks.dataset_shapes import RowLayout
-from tasks.dataset_sources import Source
 
 MAX_LISTED_COLUMNS = 200
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 4000
 _MORE_COLUMNS = "(columns past the first 200)"
 _BUCKETS = 64
-_KEYS_HELD = 1_000_000
+_KEYS_HELD = 250_000
+
+
+class About(NamedTuple):
+    """What is known of a dataset before its rows are read. `layout`: None if no row is an object."""
+
+    file: str
+    format: FileFormat
+    layout: RowLayout | None
+    notes: tuple[str, ...]
+    size_bytes: int
 
 
 class Tally:
-    """Counts what one reading of a source finds, in memory that does not grow with it."""
+    """Counts what one reading of a dataset finds, in memory that does not grow with it."""
 
-    def __init__(
-        self, source: Source, layout: RowLayout | None, images: ImageFolder, size_bytes: int, max_problems: int = 3
-    ) -> None:
-        self._source, self._layout, self._images = source, layout, images
-        self._size_bytes, self._max_problems = size_bytes, max_problems
+    def __init__(self, max_problems: int = 3) -> None:
+        self._max_problems = max_problems
         self._kept = 0
         self._complete = True
         self._kinds: Counter[str] = Counter()
@@ -58,10 +65,10 @@ class Tally:
         self._examples: list[Example] = []
         self._keys = KeyCounter()
 
-    def rows(self) -> Iterator[Row]:
-        """Read the source once; the kept rows pass through, everything is counted."""
+    def counted(self, items: Iterable[Row | Problem]) -> Iterator[Row]:
+        """The kept rows pass through, everything is counted."""
         with self._keys:
-            for item in convert_rows(self._source, self._layout, self._images):
+            for item in items:
                 if isinstance(item, Problem):
                     self._count_problem(item)
                 else:
@@ -69,17 +76,17 @@ class Tally:
                     yield item
             self._keys.finish()
 
-    def report(self) -> DatasetReport:
-        """What was found; call it when `rows` is exhausted."""
-        layout = self._layout
+    def report(self, about: About, images: int) -> DatasetReport:
+        """What was found; call it when `counted` is exhausted. `images`: how many different ones the rows show."""
+        layout = about.layout
         return DatasetReport(
-            file=self._source.name,
-            format=self._source.layout.format,
+            file=about.file,
+            format=about.format,
             shape=layout.shape if layout else None,
             kind=layout.kind if layout else None,
             columns=layout.columns if layout else Columns(),
-            notes=list(self._source.layout.notes),
-            size_bytes=self._size_bytes,
+            notes=list(about.notes),
+            size_bytes=about.size_bytes,
             complete=self._complete,
             rows_read=self._kept + sum(self._refused.values()),
             rows_kept=self._kept,
@@ -91,13 +98,13 @@ class Tally:
             extra_dropped=dict(self._extra_dropped),
             duplicate_rows=self._keys.repeated,
             empty_answers=self._refused["empty_answer"],
-            prompt_characters=_statistics(self._prompts),
-            answer_characters=_statistics(self._answers),
-            turns=_statistics(self._turns),
+            prompt_characters=length_statistics(self._prompts),
+            answer_characters=length_statistics(self._answers),
+            turns=length_statistics(self._turns),
             fields={name: _field_statistics(lengths) for name, lengths in self._fields.items()},
             scripts=dict(self._scripts.most_common()),
             examples=self._examples,
-            images=self._images.count,
+            images=images,
         )
 
     def _count_problem(self, problem: Problem) -> None:
@@ -136,7 +143,7 @@ class Tally:
 
 
 class KeyCounter:
-    """Finds out how many 64-bit keys repeat an earlier one; beyond a million of them they wait on disk."""
+    """Finds out how many 64-bit keys repeat an earlier one; beyond a quarter of a million of them they wait on disk."""
 
     def __init__(self) -> None:
         self._held = [array("Q") for _ in range(_BUCKETS)]
@@ -190,7 +197,8 @@ def _count_names(counter: Counter[str], names: tuple[str, ...]) -> None:
         counter[name if name in counter or len(counter) < MAX_LISTED_COLUMNS else _MORE_COLUMNS] += 1
 
 
-def _statistics(lengths: Counter[int]) -> LengthStatistics | None:
+def length_statistics(lengths: Counter[int]) -> LengthStatistics | None:
+    """The distribution of lengths that were counted; None if there are none."""
     if not lengths:
         return None
     total = lengths.total()
@@ -205,7 +213,7 @@ def _statistics(lengths: Counter[int]) -> LengthStatistics | None:
 
 
 def _field_statistics(lengths: Counter[int]) -> FieldStatistics:
-    characters = _statistics(lengths)
+    characters = length_statistics(lengths)
     assert characters is not None  # noqa: S101 - a field is made with its first length
     bins: Counter[int] = Counter()
     for length, count in lengths.items():

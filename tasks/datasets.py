@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
 import unicodedata
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from configs.datasets import (
     IMAGES_FOLDER,
@@ -31,18 +25,28 @@ from configs.datasets import (
 from configs.errors import UserError
 from configs.settings import load_settings
 from tasks import events
+from tasks.dataset_conversion import Row, convert_rows, read_rows
 from tasks.dataset_images import ImageFolder
+from tasks.dataset_overlap import Against, overlap_sentence
 from tasks.dataset_reading import shown
 from tasks.dataset_rows import read_stored
 from tasks.dataset_shapes import RowLayout, choose_layout
 from tasks.dataset_sources import ARCHIVES, DATA_SUFFIXES, Source, open_source
-from tasks.dataset_tally import Tally
-
-ROWS_FILE = "rows.jsonl"
-VERSION_FILE = "version.json"
-REPORT_FILE = "report.json"
-_NAME = re.compile(r"\w[\w.-]{0,59}")
-_SPLITS = {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
+from tasks.dataset_store import (
+    ROWS_FILE,
+    VERSION_FILE,
+    building_folder,
+    checked_name,
+    default_name,
+    flush,
+    load_version,
+    publish,
+    replacing,
+    told_as_user_error,
+    write_records,
+)
+from tasks.dataset_tally import About, Tally
+from tasks.dataset_tokens import BaseFolder, RowSample, token_report
 
 
 def check_dataset(
@@ -52,19 +56,98 @@ def check_dataset(
     *,
     max_problems: int = 3,
     wanted: Wanted | None = None,
+    against: str | Path | None = None,
+    base: BaseFolder | None = None,
 ) -> DatasetReport:
     """Read a file, a folder or an archive to its end and report, with the first `max_problems` offenders of each kind.
+
+    `against` names another dataset, as `resolve_dataset` takes it: the report says what both have. With a `base` model
+    it shows the prompts that are made of the rows, and their tokens. Nothing is stored.
 
     Problems of rows are counted in the report and never raised. Raises UserError for what cannot be used at all: not
     there, not UTF-8, empty, of no known format or shape, or of a kind of rows that is not `wanted`.
     """
     path = Path(path)
+    look = _Look(against, base)
     with open_source(path) as source:
         layout = _wanted_layout(source, columns, shape, wanted)
-        tally = Tally(source, layout, ImageFolder(source.root), _size(path, source), max_problems)
-        for _ in tally.rows():
-            pass
-        return tally.report()
+        images, tally = ImageFolder(source.root), Tally(max_problems)
+        for row in tally.counted(convert_rows(source, layout, images)):
+            look.at(row.kind, row.body, row.place, row.stored)
+        return look.added_to(tally.report(_about(path, source, layout), images.count))
+
+
+def describe_version(
+    version: DatasetVersion, against: str | Path | None = None, base: BaseFolder | None = None
+) -> DatasetReport:
+    """The report of a stored version, with what `check_dataset` adds for `against` and `base`."""
+    look = _Look(against, base)
+    if look.wanted:
+        for line, body, stored in read_stored(version.path):
+            look.at(version.kind, body, line, stored)
+    return look.added_to(version.report)
+
+
+def describe_datasets(
+    versions: Mapping[str, DatasetVersion], base: str | None, base_path: Path | None
+) -> tuple[dict[str, DatasetReport], list[str]]:
+    """The reports of what a train reads, by field, and what is worth a warning.
+
+    The training rows (`dataset`) are rendered with the base model, and compared with the evaluation rows, or with the
+    validation rows where there are none.
+    """
+    reports, warnings = {field: version.report for field, version in versions.items()}, []
+    known = (base, base_path) if base is not None and base_path is not None else None
+    if versions["dataset"].kind == "caption":
+        known = None  # a pipeline of several models has no one tokenizer
+    held_out = next((field for field in ("evaluation_dataset", "validation_dataset") if field in versions), None)
+    against = versions[held_out].reference if held_out is not None else None
+    try:
+        report = describe_version(versions["dataset"], against, known)
+    except UserError as error:  # what cannot be rendered here is told by the training stage, if it needs it
+        warnings.append(error.problem)
+        report = describe_version(versions["dataset"], against)
+    reports["dataset"] = report
+    if report.overlap is not None and report.overlap.prompts:
+        warnings.append(f"the training rows are not apart: {overlap_sentence(report.overlap, report.rows_kept)}")
+    return reports, warnings
+
+
+class _Look:
+    """What is found out about rows beside the tally, where it is asked for."""
+
+    def __init__(self, against: str | Path | None, base: BaseFolder | None) -> None:
+        self._against = Against(str(against), _rows_of(against)) if against is not None else None
+        self._sample = RowSample() if base is not None else None
+        self._base = base
+        self.wanted = against is not None or base is not None
+
+    def at(self, kind: Kind, body: dict[str, Any], line: int, stored: bytes) -> None:
+        if self._against is not None:
+            self._against.count(kind, body, line)
+        if self._sample is not None:
+            self._sample.take(stored)
+
+    def added_to(self, report: DatasetReport) -> DatasetReport:
+        added: dict[str, Any] = {}
+        if self._against is not None:
+            added["overlap"] = self._against.overlap()
+        if self._base is not None and self._sample is not None and report.kind is not None:
+            added["tokens"] = token_report(self._sample, report.kind, *self._base)
+        return report.model_copy(update=added)
+
+
+def _rows_of(reference: str | Path) -> Iterator[tuple[Kind, dict[str, Any]]]:
+    path = _given_path(reference)
+    if path is None:
+        version = find_dataset(str(reference))
+        for _, body, _ in read_stored(version.path):
+            yield version.kind, body
+        return
+    with open_source(path) as source:
+        for row in read_rows(source, ImageFolder(source.root)):
+            if isinstance(row, Row):
+                yield row.kind, row.body
 
 
 def add_dataset(
@@ -84,23 +167,23 @@ def add_dataset(
     Prefect server, if one stands, is told of a new version.
     """
     path = Path(path)
-    name = _default_name(path) if name is None else _checked_name(name)
+    name = default_name(path) if name is None else checked_name(name)
     store = load_settings().datasets
     with open_source(path) as source:
         layout = _wanted_layout(source, columns, shape, wanted)
-        with _told_as_user_error(store), _building_folder(store) as folder:
-            tally = Tally(source, layout, ImageFolder(source.root, folder), _size(path, source))
+        with told_as_user_error(store), building_folder(store) as folder:
+            images, tally = ImageFolder(source.root, folder), Tally()
             digest = hashlib.sha256()
             with (folder / ROWS_FILE).open("wb") as file:
-                for row in tally.rows():
+                for row in tally.counted(convert_rows(source, layout, images)):
                     digest.update(row.stored)
                     file.write(row.stored)
-                _flush(file)
-            report = tally.report()
+                flush(file)
+            report = tally.report(_about(path, source, layout), images.count)
             _require_usable(report, path, allow_refused)
-            _write_records(folder, name, digest.hexdigest(), path, report)
+            write_records(folder, name, digest.hexdigest(), str(path.resolve()), report)
             new = not (store / name / digest.hexdigest()).exists()
-            version = _publish(folder, store / name / digest.hexdigest())
+            version = publish(folder, store / name / digest.hexdigest())
     if new:
         labels = {"version": version.reference, "rows": str(version.rows)}
         events.emit(events.DATASET_ADDED, "dataset", version.name, labels)
@@ -116,8 +199,9 @@ def _wanted_layout(
     return layout
 
 
-def _size(path: Path, source: Source) -> int:
-    return path.stat().st_size if path.is_file() else source.path.stat().st_size
+def _about(path: Path, source: Source, layout: RowLayout | None) -> About:
+    size = path.stat().st_size if path.is_file() else source.path.stat().st_size
+    return About(source.name, source.layout.format, layout, source.layout.notes, size)
 
 
 def _require_kind(kind: Kind, wanted: Wanted, **place: Any) -> None:
@@ -135,7 +219,7 @@ def _require_kind(kind: Kind, wanted: Wanted, **place: Any) -> None:
 def list_datasets() -> list[DatasetVersion]:
     """Every stored version, by name, the oldest of each name first."""
     records = load_settings().datasets.glob(f"*/*/{VERSION_FILE}")
-    versions = (_load_version(record.parent) for record in records)
+    versions = (load_version(record.parent) for record in records)
     return sorted(versions, key=lambda version: (version.name, version.created))
 
 
@@ -236,8 +320,8 @@ def write_split(
     border = _border(version, share, seed)
     counts = [0, 0]
     paths = (train_path, validation_path)
-    with _told_as_user_error(train_path.parent), contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_replacing(path)) for path in paths]
+    with told_as_user_error(train_path.parent), contextlib.ExitStack() as stack:
+        files = [stack.enter_context(replacing(path)) for path in paths]
         for draw, line in _draws(version, seed):
             side = int(draw < border)
             files[side].write(line)
@@ -276,143 +360,6 @@ def _require_usable(report: DatasetReport, path: Path, allow_refused: bool) -> N
 
 def _at_row(report: DatasetReport, problem: Problem) -> str:
     return f"row {problem.row}: " if report.format in ("json", "parquet") else ""
-
-
-def _write_records(folder: Path, name: str, digest: str, source: Path, report: DatasetReport) -> None:
-    if report.shape is None or report.kind is None:
-        raise ValueError("a dataset without a shape has no rows to store")
-    version = DatasetVersion(
-        name=name,
-        digest=digest,
-        rows=report.rows_kept,
-        shape=report.shape,
-        kind=report.kind,
-        columns=report.columns,
-        source=str(source.resolve()),
-        created=datetime.now(UTC),
-        path=folder / ROWS_FILE,
-        report=report,
-    )
-    # Neither is stored twice; the path follows from where the version lies, so that the store can be moved.
-    _write_json(folder / VERSION_FILE, version.model_dump_json(indent=2, exclude={"path", "report"}))
-    _write_json(folder / REPORT_FILE, report.model_dump_json(indent=2))
-
-
-def _write_json(path: Path, text: str) -> None:
-    with path.open("wb") as file:
-        file.write(text.encode() + b"\n")
-        _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _publish(folder: Path, target: Path) -> DatasetVersion:
-    """Give the finished folder its name; if that version is there already, it stays and is returned."""
-    for item in folder.rglob("*"):
-        item.chmod(0o755 if item.is_dir() else 0o444)
-    folder.chmod(0o755)
-    target.parent.mkdir(exist_ok=True)
-    try:
-        folder.rename(target)
-    except OSError as error:
-        # A folder is never renamed over one that holds files: these rows are stored already.
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    _sync_folder(target.parent)
-    return _load_version(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _building_folder(store: Path) -> Iterator[Path]:
-    """A folder inside the store that is gone afterwards unless it was renamed."""
-    store.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".adding-", dir=store))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is complete, and leaves nothing if it never is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            _flush(file)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _told_as_user_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _storing_failed(folder, error) from error
-
-
-def _storing_failed(folder: Path, error: OSError) -> UserError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or folder
-        return UserError(f"the dataset cannot be stored: {error.strerror}", file=where, mend="check the folder")
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    return UserError(
-        f"the disk is full: {free:,} bytes are free, and the dataset needs more; nothing was stored",
-        file=folder,
-        mend="free some space there, or set TUNELINE_HOME to a folder on a larger disk",
-    )
-
-
-def _load_version(folder: Path) -> DatasetVersion:
-    record = json.loads((folder / VERSION_FILE).read_text(encoding="utf-8"))
-    report = DatasetReport.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    return DatasetVersion(**record, path=folder / ROWS_FILE, report=report)
-
-
-def _default_name(path: Path) -> str:
-    """The file's name; for one that only tells the split, the folder's name before it: `orders-train`."""
-    bare = path.name
-    for suffix in (".tar.gz", path.suffix):
-        bare = bare.removesuffix(suffix) if suffix else bare
-    stem = _slug(bare if path.is_file() else path.absolute().name)
-    folder = path.absolute().parent.name
-    return _slug(f"{folder}-{stem}") if stem.lower() in _SPLITS and folder else stem
-
-
-def _slug(stem: str) -> str:
-    """A dataset name made of a file name, in whatever script it is written."""
-    text = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", stem)).strip("-._")
-    return text[:60] or "dataset"
-
-
-def _checked_name(name: str) -> str:
-    name = unicodedata.normalize("NFC", name)
-    if _NAME.fullmatch(name):
-        return name
-    raise UserError(
-        "this is no name for a dataset",
-        field="name",
-        value=name,
-        expected="a letter or digit, then at most 59 letters, digits, '.', '_' or '-'",
-        mend=f"for example {_slug(name)!r}",
-    )
 
 
 def _is_file(path: Path) -> bool:

@@ -336,9 +336,27 @@ def fetch_base(record: TrainRecord) -> TrainRecord:
 @task(name="prepare datasets", cache_policy=NO_CACHE)
 def prepare_datasets(record: TrainRecord) -> TrainRecord:
     """Validate and store the rows; returns the record with the dataset versions."""
+    known = len(record.warnings)
     record = trains.prepare_datasets(record)
     get_run_logger().info("dataset %s", record.dataset)
+    for warning in record.warnings[known:]:
+        get_run_logger().warning("%s", warning)
+    _show_datasets(record)
     return record
+
+
+def _show_datasets(record: TrainRecord) -> None:
+    """Put the reports of the datasets among the flow run's artifacts."""
+    from prefect.artifacts import create_markdown_artifact
+
+    for page in sorted(trains.train_folder(record.id).glob("*dataset_report.md")):
+        name = page.stem.removesuffix("_report").replace("_", "-")
+        try:
+            create_markdown_artifact(
+                page.read_text(encoding="utf-8"), key=f"{name}-report", description=f"{name} of train {record.id}"
+            )
+        except Exception as error:  # the Prefect server is away: the train goes on without it
+            get_run_logger().warning("the report of the %s is not shown: %s", name, error)
 
 
 @task(name="wait for GPUs", cache_policy=NO_CACHE)

@@ -25,7 +25,8 @@ from methods import contract
 from methods.registry import find_method
 from tasks import cancelling, models, tracking
 from tasks.checking import DATASETS, check_method, wanted_rows
-from tasks.datasets import find_dataset, resolve_dataset, write_split
+from tasks.dataset_report import write_report
+from tasks.datasets import describe_datasets, find_dataset, resolve_dataset, write_split
 from tasks.environments import packages_of
 from tasks.evaluation import evaluate, keep_evaluation, kept_evaluation
 from tasks.files import read_record, write_record, write_text
@@ -285,16 +286,18 @@ def prepare_datasets(record: TrainRecord) -> TrainRecord:
         version, share = versions["dataset"], config.validation_split
         train_rows, validation_rows = folder / "train_rows.jsonl", folder / "validation_rows.jsonl"
         write_split(version, share, config.hyperparameters.seed, train_rows, validation_rows)
+    warnings: list[str] = []
     if record.dataset is None:
         for field, version in versions.items():
             context = {"dataset": "training"}.get(field, field.removesuffix("_dataset"))
             tracking.log_dataset(record.run_id, version, context)
-            report = folder / f"{field}_report.json"
-            write_text(report, version.report.model_dump_json(indent=2))
-            tracking.log_files(record.run_id, [report], "datasets")
             tracking.mlflow_client().set_tag(record.run_id, f"tuneline.{field}", version.reference)
-    references = {field: version.reference for field, version in versions.items()}
-    return update_train(record.id, **references)
+        reports, warnings = describe_datasets(versions, record.base, record.base_path)
+        for field, report in reports.items():
+            files = write_report(folder, field, versions[field].reference, report)
+            tracking.log_files(record.run_id, files, "datasets")
+    references: dict[str, Any] = {field: version.reference for field, version in versions.items()}
+    return update_train(record.id, **references, warnings=[*record.warnings, *warnings])
 
 
 def _resolve(config: TrainConfig, field: str, columns: Columns) -> DatasetVersion:

@@ -188,6 +188,37 @@ def test_datasets_are_checked_added_listed_and_shown(tmp_path: Path) -> None:
     assert "2 read, 2 kept, 0 refused" in place.text("datasets", "show", "mine")
 
 
+@pytest.mark.lifecycle
+def test_datasets_are_compared_mixed_and_shown_as_a_page(place: Place) -> None:
+    for name, answer in {"one": "on", "two": "off"}.items():
+        rows = [{"prompt": f"light {number}?", "completion": answer if number else "same"} for number in range(8)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place.root / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    place.json("datasets", "add", "one.jsonl")
+    against = ("--against", "one", "--model", "tiny", "--html", "page.html")
+    report = place.json("datasets", "check", "two.jsonl", *against)
+    assert (report["overlap"]["rows"], report["overlap"]["prompts"]) == (1, 8)
+    assert report["tokens"]["model"] == "tiny"
+    page = (place.root / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "<mark>off" in page
+    told = place.text("datasets", "check", "two.jsonl", "--against", "one.jsonl", "--model", "tiny")
+    assert "8 of 8 rows ask what a row of one.jsonl asks" in told
+    assert "⟦off" in told
+    place.json("datasets", "add", "two.jsonl")
+    changes = place.json("datasets", "diff", "one", "two")
+    assert (changes["same"], changes["changed"], changes["added"]) == (1, 7, 0)
+    assert "light 1? | on → light 1? | off" in place.text("datasets", "diff", "one", "two")
+    mixed = place.json("datasets", "mix", "one=2", "two=1", "--name", "both", "--rows", "9", "--seed", "3")
+    assert [(part["weight"], part["rows"]) for part in mixed["parents"]] == [(2, 6), (1, 3)]
+    shown = place.text("datasets", "show", "both", "--against", "two")
+    assert "6 rows of one@" in shown
+    assert "seed" in shown
+    refused = place.run("datasets", "mix", "one", "two=1", "--name", "both")
+    assert refused.returncode == 2
+    assert "DATASET=WEIGHT, such as orders=2" in refused.stderr
+
+
 def test_refused_rows_are_stored_around_only_if_allowed(tmp_path: Path) -> None:
     place = Place(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n{"prompt": "z"}\n')

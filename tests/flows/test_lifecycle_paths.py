@@ -182,7 +182,10 @@ def test_run_keeps_the_files_of_the_train(lora: ModelRecord) -> None:
     assert files_of(train_of(lora).run_id) >= {
         "config/parameters.json",
         "config/train.yaml",
+        "datasets/dataset_report.html",
         "datasets/dataset_report.json",
+        "datasets/dataset_report.md",
+        "datasets/dataset_tokens.png",
         "datasets/evaluation_dataset_report.json",
         "datasets/validation_dataset_report.json",
         "evaluation/predictions_base.json",
@@ -219,6 +222,9 @@ def test_prefect_flow_run_and_mlflow_run_name_each_other(lora: ModelRecord) -> N
     assert flow_run.name == record.id
     assert {f"train:{record.id}", f"mlflow:{record.run_id}"} <= set(flow_run.tags)
     (page,) = (str(artifact.data) for artifact in artifacts if artifact.key == "train-report")
+    shown = {str(artifact.key): str(artifact.data) for artifact in artifacts}
+    assert {"validation-dataset-report", "evaluation-dataset-report"} <= set(shown)
+    assert "What training reads" in shown["dataset-report"]
     assert "| Status | completed |" in page
     assert "| Exact accuracy |" in page
 

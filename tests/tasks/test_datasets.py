@@ -738,6 +738,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str, rows: i
     assert growth < size / 4
 
 
+def test_duplicates_are_found_beyond_what_is_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tasks.dataset_tally._KEYS_HELD", 50)
+    rows = [{"prompt": str(number % 170), "completion": "x"} for number in range(230)]
+    assert check_dataset(write_rows(tmp_path / "data.jsonl", *rows)).duplicate_rows == 60
+    assert [file.name for file in tmp_path.iterdir()] == ["data.jsonl"]
+
+
 # The real files
 
 
