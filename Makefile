@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 SOURCES := configs deployments flows methods tasks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo test-lifecycle test-methods test-targets test-operations test-e2e test-postgres lint format clean
+.PHONY: help setup demo test test-demo test-lifecycle test-methods test-targets test-operations test-e2e test-postgres bench lint format clean
 
 help:
 	@echo "make setup   create $(VENV) with the tuneline command in it (PYTHON=... chooses the interpreter)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-e2e  a real browser on the pages: form, progress, copy, compare, cancel; pictures in build/e2e"
 	@echo "make test-operations  workers, conda environments, GPU slots: what dies, what is left, what goes on"
 	@echo "make test-postgres  the tests of servers and flows on PostgreSQL, which it installs where it is missing"
+	@echo "make bench   how fast a dataset is checked, and in how much memory; minutes (MEGABYTES=300 a format)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove $(VENV) and all caches"
@@ -69,6 +70,10 @@ test-operations: setup
 test-postgres: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,postgres]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.postgres $(T)
+
+# Fails where a figure is below what is asked.
+bench: setup
+	$(BIN)/python -m tests.bench.bench_datasets $(MEGABYTES)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
