@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 SAMPLES = Path(__file__).resolve().parents[2] / "configs" / "samples"
 SIZES = {
@@ -92,3 +93,23 @@ def test_prompts_and_answers_are_short() -> None:
             assert len(row["prompt"].split()) <= 30
             assert len(row["prompt"]) <= 150
             assert len(row["completion"]) <= 140
+
+
+def test_the_sample_images_are_those_of_their_script_and_no_split_shows_an_image_of_another(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(SAMPLES / "make_shapes.py"), str(tmp_path)], check=True)
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    assert written == sorted(path.relative_to(SAMPLES) for path in (SAMPLES / "shapes").rglob("*.*"))
+    for name in written:
+        ours, theirs = tmp_path / name, SAMPLES / name
+        # Pixel by pixel: how a PNG is packed depends on the library's version.
+        assert pixels(ours) == pixels(theirs) if name.suffix == ".png" else ours.read_bytes() == theirs.read_bytes()
+    splits = {split: [row["image"] for row in rows("shapes", split)] for split in ("train", "validation", "test")}
+    assert {split: len(found) for split, found in splits.items()} == {"train": 32, "validation": 8, "test": 8}
+    shown = [pixels(SAMPLES / "shapes" / name) for found in splits.values() for name in found]
+    assert len(set(shown)) == 48
+    assert sorted(row["image"] for row in rows("shapes", "captions")) == sorted(splits["train"])
+
+
+def pixels(file: Path) -> bytes:
+    with Image.open(file) as image:
+        return image.convert("RGB").tobytes()
