@@ -102,12 +102,14 @@ def evaluate(
     from flows.cli_trains import embedded, terminal_line
     from tasks.datasets import resolve_dataset
     from tasks.endpoints import load_endpoint
-    from tasks.evaluation import evaluate_endpoint
+    from tasks.evaluation import endpoint_kinds, evaluate_endpoint
     from tasks.inference import Generation
 
     found = [load_endpoint(name) for name in endpoints]
-    columns, wanted = Columns(prompt=prompt_column, completion=completion_column), Wanted("evaluation", ("chat",))
-    version = resolve_dataset(dataset, columns, wanted=wanted)
+    columns = Columns(prompt=prompt_column, completion=completion_column)
+    kinds = [endpoint_kinds(endpoint) for endpoint in found]
+    common = tuple(kind for kind in kinds[0] if all(kind in others for others in kinds))
+    version = resolve_dataset(dataset, columns, wanted=Wanted("evaluation", common))
     embedded()
     generation = Generation(max_new_tokens=max_new_tokens)
     outcomes = []

@@ -32,6 +32,10 @@ def infer(
     text: Annotated[
         list[str], typer.Option("--text", help="A further text to embed and compare with the first; repeatable.")
     ] = [],  # noqa: B006
+    image: Annotated[
+        list[Path],
+        typer.Option("--image", help="A picture that the question is about; repeatable.", exists=True, dir_okay=False),
+    ] = [],  # noqa: B006
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File of a picture; by default MODEL_SEED.png here.")
     ] = None,
@@ -50,7 +54,8 @@ def infer(
     kind: str = asked_of.types[0] if asked_of.types[0] in _ASKING else "chat"
     if kind == "chat" and "chat" not in asked_of.evaluated_kinds:
         kind = "reward"
-    _refuse_other_options(kind, {"--answer": answer, "--text": text, "--output": output, "--system": system})
+    given = {"--answer": answer, "--text": text, "--image": image, "--output": output, "--system": system}
+    _refuse_other_options(kind, given)
     cli_trains.embedded()
     from tasks.inference import Generation
 
@@ -58,6 +63,7 @@ def infer(
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     requests: dict[str, dict[str, Any]] = {
         "chat": {"messages": messages},
+        "vision-language": {"messages": _about(messages, image)},
         "reward": {"prompt": messages, "answers": answer},
         "embedding": {"texts": [prompt, *text]},
         "image-generation": {"caption": prompt, "seed": seed},
@@ -65,6 +71,17 @@ def infer(
     if kind == "reward" and not answer:
         raise UserError("a reward model scores answers", field="--answer", expected="one or more answers to score")
     _ASKING[kind](found, requests[kind], generation, output or Path(f"{found.name}_{seed}.png"), json_)
+
+
+def _about(messages: list[dict[str, Any]], images: list[Path]) -> list[dict[str, Any]]:
+    """The messages with the images before the last one's question."""
+    from tasks.vision_messages import with_images
+
+    *before, last = messages
+    seen = [{"type": "image"} for _ in images]
+    question = {**last, "content": [*seen, {"type": "text", "text": last["content"]}]}
+    row = {"messages": [*before, question], "images": [str(path.absolute()) for path in images]}
+    return list(with_images(row, Path())["messages"])
 
 
 def with_method(model: ModelRecord, method: str | None) -> ModelRecord:
@@ -79,7 +96,13 @@ def with_method(model: ModelRecord, method: str | None) -> ModelRecord:
 
 
 def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
-    taken = {"chat": ["--system"], "reward": ["--answer", "--system"], "embedding": ["--text"]}.get(kind, ["--output"])
+    known = {
+        "chat": ["--system"],
+        "vision-language": ["--image", "--system"],
+        "reward": ["--answer", "--system"],
+        "embedding": ["--text"],
+    }
+    taken = known.get(kind, ["--output"])
     for name, value in given.items():
         if value and name not in taken:
             raise UserError(
@@ -146,4 +169,4 @@ def _draw(found: ModelRecord, request: dict[str, Any], generation: Generation, o
     print(output.absolute())
 
 
-_ASKING = {"chat": _chat, "reward": _reward, "embedding": _embed, "image-generation": _draw}
+_ASKING = {"chat": _chat, "vision-language": _chat, "reward": _reward, "embedding": _embed, "image-generation": _draw}

@@ -35,7 +35,9 @@ class Candidate:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of rows that it can be evaluated on; an endpoint is asked conversations."""
-        return ("chat",) if self.model is None else find_method(self.model.method).evaluated_kinds
+        if self.model is not None:
+            return find_method(self.model.method).evaluated_kinds
+        return evaluation.endpoint_kinds(self._deployed())
 
     def evaluate(
         self,
@@ -49,7 +51,7 @@ class Candidate:
         if self.model is not None:
             return evaluation.evaluate(self.model, version, generation, samples, on_events, options)
         rows = evaluation.read_rows(version.path, samples)
-        asked = [row["messages"][:-1] for row in rows]
+        asked = [evaluation.asked_of_endpoint(row, version.path.parent) for row in rows]
         answers = ask_endpoint(self._deployed(), asked, generation, on_events)
         return evaluation.score_answers(self.name, version, rows, answers, options)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from configs.datasets import DatasetVersion
+from configs.datasets import DatasetVersion, Kind
 from configs.endpoints import Endpoint
 from configs.errors import UserError
 from configs.records import ModelRecord, TrainStatus
 from configs.scoring import RULE_METRICS, RowScores, Scores, ScoringOptions
+from methods.registry import find_method
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
 from tasks.files import read_record
@@ -25,6 +26,7 @@ from tasks.models import logged_model_id
 from tasks.scored_files import slice_name
 from tasks.scoring import score_rows, summarise
 from tasks.stop_words import read_stop_words
+from tasks.vision_messages import with_images
 
 
 class Evaluation(BaseModel):
@@ -89,6 +91,21 @@ def _request(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for part in message["content"]
     )
     return {"messages": asked, "images": [str(folder / image) for image in row["images"][:shown]]}
+
+
+def endpoint_kinds(endpoint: Endpoint) -> tuple[Kind, ...]:
+    """The kinds of rows that an endpoint can be asked: conversations, with images where its model reads them."""
+    deployed = endpoint.current_deployment
+    if deployed is None:
+        return ("chat",)
+    kinds = find_method(models.find_model(deployed.model_name).method).evaluated_kinds
+    return ("vision",) if "vision" in kinds else ("chat",)
+
+
+def asked_of_endpoint(row: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What an endpoint is asked for a stored row: all but its last message, with the images shown so far in them."""
+    messages: list[dict[str, Any]] = with_images(row, folder)["messages"][:-1]
+    return messages
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -244,7 +261,8 @@ def evaluate_endpoint(
         raise UserError(f"nothing is deployed at the endpoint '{endpoint.name}'", field="endpoint")
     model = models.find_model(deployment.model_name)
     rows = read_rows(version.path, samples)
-    answers = ask_endpoint(endpoint, [row["messages"][:-1] for row in rows], generation, on_events)
+    asked = [asked_of_endpoint(row, version.path.parent) for row in rows]
+    answers = ask_endpoint(endpoint, asked, generation, on_events)
     outcome = score_answers(deployment.model, version, rows, answers, options)
     named = {
         "tuneline.model": model.name,

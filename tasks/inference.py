@@ -21,7 +21,7 @@ from methods.registry import StageName, find_method
 from tasks.gpus import borrowing_slot
 from tasks.stages import StageJob, run_stage
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class Generation(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from methods import contract
 from methods.toolkit.chat import render_prompt
-from methods.toolkit.generating import Sampling, generate
-from methods.toolkit.likelihood import answer_likelihoods
+from methods.toolkit.generating import Answer, Sampling, generate
+from methods.toolkit.likelihood import Likelihood, answer_likelihoods
 
 
 def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, object]:
@@ -21,37 +22,65 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of a request with a `reference`
     has `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds.
     """
-    # Lines end at a newline only: str.splitlines would also cut inside a message at U+2028 or U+0085.
-    with Path(job.inputs["requests"]).open(encoding="utf-8", newline="\n") as lines:
-        requests = [json.loads(line) for line in lines]
+    requests = read_requests(job)
     prompts = [render_prompt(tokenizer, request["messages"]) for request in requests]
-    p = job.parameters
-    sampling = Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
     torch.manual_seed(job.seed)
     expected = {
         index: [*request["messages"], {"role": "assistant", "content": request["reference"]}]
         for index, request in enumerate(requests)
         if "reference" in request
     }
-
-    def on_progress(done: int) -> None:
-        job.progress(done, len(prompts) + len(expected))
-        if job.cancelled:
-            raise contract.Cancelled
-
+    on_progress = progress_of(job, len(prompts) + len(expected))
     started = time.monotonic()
     answers = generate(
         model,
         tokenizer,
         prompts,
-        sampling,
-        batch_size=p["batch_size"],
+        sampling_of(job),
+        batch_size=job.parameters["batch_size"],
         on_progress=on_progress,
     )
     found = answer_likelihoods(
         model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
     )
-    likelihoods = dict(zip(expected, found, strict=True))
+    return write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)))
+
+
+def read_requests(job: contract.Job) -> list[dict[str, Any]]:
+    """The requests of the job, in order."""
+    # Lines end at a newline only: str.splitlines would also cut inside a message at U+2028 or U+0085.
+    with Path(job.inputs["requests"]).open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def sampling_of(job: contract.Job) -> Sampling:
+    """How the job wants its answers made."""
+    p = job.parameters
+    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
+
+
+def progress_of(job: contract.Job, total: int) -> Callable[[int], None]:
+    """Tells how much of the work is done, and raises Cancelled once the job is to stop."""
+
+    def on_progress(done: int) -> None:
+        job.progress(done, total)
+        if job.cancelled:
+            raise contract.Cancelled
+
+    return on_progress
+
+
+def write_predictions(
+    job: contract.Job,
+    prompts: list[list[int]],
+    answers: list[Answer],
+    started: float,
+    likelihoods: Mapping[int, Likelihood],
+) -> dict[str, object]:
+    """Write the answers as `answer_requests` says, with the likelihoods of some references, by their position.
+
+    `started` is a reading of `time.monotonic`. Returns what the stage returns.
+    """
     path = job.output / "predictions.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -34,6 +34,11 @@ class Rendered:
         return sum(label != IGNORED for label in self.labels)
 
 
+def text_of(content: Any) -> str:
+    """What the content of a message says, without its images: it is a text, or a list of parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def load_tokenizer(path: str) -> tuple[Any, list[str]]:
     """Load the tokenizer of a model folder or hub id, ready to train with.
 

@@ -89,17 +89,17 @@ def _generate_batch(
     # Padded on the left, masked by position and not by token: pad and end token are often the same.
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    arguments = {**_arguments(model, tokenizer, sampling), **watched}
+    told = {**arguments(model, tokenizer, sampling), **watched}
     with torch.inference_mode():
         ids, mask = ids.to(model.device), mask.to(model.device)
         trained = trained_prompt(model)
         if trained is None:
-            output = model.generate(input_ids=ids, attention_mask=mask, **arguments)[:, width:]
+            output = model.generate(input_ids=ids, attention_mask=mask, **told)[:, width:]
         else:
             embedded, mask = behind_padding(trained, model.get_input_embeddings()(ids), mask)
-            output = model.get_base_model().generate(inputs_embeds=embedded, attention_mask=mask, **arguments)
+            output = model.get_base_model().generate(inputs_embeds=embedded, attention_mask=mask, **told)
     ends = end_tokens(model, tokenizer)
-    return [_answer(tokenizer, row.tolist(), ends, sampling.max_new_tokens) for row in output]
+    return [as_answer(tokenizer, row.tolist(), ends, sampling.max_new_tokens) for row in output]
 
 
 def trained_prompt(model: Any) -> Any | None:
@@ -131,16 +131,17 @@ def behind_padding(trained: Any, embedded: Any, mask: Any) -> tuple[Any, Any]:
     return result, attended
 
 
-def _arguments(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
+def arguments(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
+    """How a model is asked to generate."""
+    found: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": end_tokens(model, tokenizer),
         "do_sample": sampling.temperature > 0,
     }
     if sampling.temperature > 0:
-        arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return arguments
+        found |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return found
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -150,7 +151,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *ends})
 
 
-def _answer(tokenizer: Any, ids: list[int], ends: list[int], limit: int) -> Answer:
+def as_answer(tokenizer: Any, ids: list[int], ends: list[int], limit: int) -> Answer:
+    """The answer that generated tokens are, up to the first one that ends it."""
     length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
     return Answer(text, length, hit_limit=length == limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def merged(base: str, adapter: str, load: models.Load = models.load_model) -> An
 def save_weights(model: Any, output: Path, dtype: str) -> None:
     """Save a whole model as safetensors in `dtype`, its configuration saying so."""
     model = model.to(getattr(torch, dtype))
-    model.config.use_cache = True
+    model.config.get_text_config().use_cache = True
     model.save_pretrained(output, max_shard_size="5GB")
 
 
@@ -90,19 +90,27 @@ def verify(
     )
 
 
+def prompt_inputs(prompt: list[int]) -> dict[str, torch.Tensor]:
+    """Token ids as a model takes them."""
+    return {"input_ids": torch.tensor([prompt])}
+
+
 def compare(
     load_reference: Callable[[], Any],
     load_saved: Callable[[], Any],
     load_base: Callable[[], Any],
-    prompts: list[list[int]],
+    prompts: list[Any],
     dtype: str,
+    inputs: Callable[[Any], Mapping[str, Any]] = prompt_inputs,
 ) -> Verification:
     """Prove by their outputs that the saved model is the reference, and is not the base.
 
-    Each model is loaded on its own, in float32. Raises Refused with the figures if the saved one differs from the
-    reference by more than its dtype explains, or if it is nearer to the base than to the reference.
+    Each model is loaded on its own, in float32; `inputs` makes the tensors of a prompt. Raises Refused with the figures
+    if the saved one differs from the reference by more than its dtype explains, or if it is nearer to the base than to
+    the reference.
     """
-    reference, saved, untouched = (_outputs(load, prompts) for load in (load_reference, load_saved, load_base))
+    asked = [inputs(prompt) for prompt in prompts]
+    reference, saved, untouched = (_outputs(load, asked) for load in (load_reference, load_saved, load_base))
     scale = max(float(row.abs().max()) for row in reference)
     result = Verification(
         merged_to_reference=_distance(saved, reference),
@@ -110,7 +118,7 @@ def compare(
         reference_to_base=_distance(reference, untouched),
         scale=scale,
         tolerance=TOLERANCE[dtype] * scale,
-        tokens=sum(len(prompt) for prompt in prompts),
+        tokens=sum(each["input_ids"].shape[-1] for each in asked),
     )
     _judge(result, dtype)
     return result
@@ -124,10 +132,13 @@ def probe_prompts(folder: Path) -> list[list[int]]:
     return prompts
 
 
-def _outputs(load: Callable[[], Any], prompts: list[list[int]]) -> list[torch.Tensor]:
+def _outputs(load: Callable[[], Any], asked: list[Mapping[str, Any]]) -> list[torch.Tensor]:
     model = load()
+    rows = []
     with torch.inference_mode():
-        rows = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu() for ids in prompts]
+        for each in asked:
+            tensors = {name: tensor.to(model.device) for name, tensor in each.items()}
+            rows.append(model(**tensors).logits[0].float().cpu())
     del model
     gc.collect()
     return rows

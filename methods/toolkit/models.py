@@ -31,7 +31,7 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **_loading(dtype, load_in_4bit))
+        return AutoModelForCausalLM.from_pretrained(path, **loading(dtype, load_in_4bit))
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a causal language model: {error}") from error
 
@@ -47,14 +47,15 @@ def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # else it advises to train a base model's head, which is what is about to happen
     try:
-        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **_loading(dtype, load_in_4bit))
+        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **loading(dtype, load_in_4bit))
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a reward model: {error}") from error
     finally:
         logging.set_verbosity(told)
 
 
-def _loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:
+def loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:
+    """How every kind of model is loaded: in its dtype, on the GPU where there is one, safetensors only."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from methods import contract
 from methods.toolkit import generating, processes
-from methods.toolkit.chat import Message, render_prompt
+from methods.toolkit.chat import Message, render_prompt, text_of
 from methods.toolkit.tokenizing import read_messages
 
 PROBE_ROWS = 4
@@ -52,16 +52,21 @@ class SampleWriter(TrainerCallback):
         wanted = job.parameters["num_generations"]
         self.messages = [messages for _, messages in read(rows, wanted)] if rows else []
 
+    def answer(self, model: Any, sampling: generating.Sampling) -> list[generating.Answer]:
+        """The model's answers to the last message of each."""
+        prompts = [render_prompt(self.tokenizer, messages[:-1]) for messages in self.messages]
+        return generating.generate(model, self.tokenizer, prompts, sampling)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         if not self.job.is_main and not processes.is_parted(model):
             return
-        prompts = [render_prompt(self.tokenizer, messages[:-1]) for messages in self.messages]
         sampling = generating.Sampling(max_new_tokens=self.job.parameters["max_new_tokens"])
-        training, cached = model.training, model.config.use_cache
+        config = model.config.get_text_config()
+        training, cached = model.training, config.use_cache
         model.eval()
-        model.config.use_cache = True
-        answers = generating.generate(model, self.tokenizer, prompts, sampling)
-        model.config.use_cache = cached
+        config.use_cache = True
+        answers = self.answer(model, sampling)
+        config.use_cache = cached
         model.train(training)
         if not self.job.is_main:
             return
@@ -70,8 +75,8 @@ class SampleWriter(TrainerCallback):
             for messages, answer in zip(self.messages, answers, strict=True):
                 row = {
                     "step": state.global_step,
-                    "prompt": messages[-2]["content"] if len(messages) > 1 else "",
-                    "reference": messages[-1]["content"],
+                    "prompt": text_of(messages[-2]["content"]) if len(messages) > 1 else "",
+                    "reference": text_of(messages[-1]["content"]),
                     "answer": answer.text,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

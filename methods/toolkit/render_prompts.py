@@ -22,12 +22,28 @@ def main() -> None:
     loader: Any = AutoProcessor
     processor = loader.from_pretrained(folder)
     rendered = [
-        processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
+        processor.apply_chat_template(
+            [_as_served(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
         for messages in conversations
     ]
-    Path(output).write_text(json.dumps([list(ids) for ids in rendered]), encoding="utf-8")
+    Path(output).write_text(json.dumps([_flat(ids) for ids in rendered]), encoding="utf-8")
+
+
+def _as_served(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its images where the server puts them: OpenAI's interface calls them otherwise."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {"type": "image", "url": part["image_url"]["url"]} if part["type"] == "image_url" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _flat(ids: Any) -> list[int]:
+    """The token ids of one conversation; a processor of images gives them as a batch of one."""
+    return list(ids[0] if len(ids) == 1 and not isinstance(ids[0], int) else ids)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +93,56 @@ def tokenise_rows(
     report = RowReport()
     rows: list[dict[str, Any]] = []
     for line, messages in read_messages(path, max_samples):
-        report.read += 1
-        rendered = _render(tokenizer, messages, line, limits, report)
+        rendered = admit(
+            partial(render_conversation, tokenizer, messages),
+            line,
+            limits,
+            report,
+            shorten=partial(_truncate, tokenizer, messages, limits),
+        )
         if rendered is None:
             continue
-        report.kept += 1
-        report.tokens += len(rendered.input_ids)
-        report.supervised_tokens += rendered.supervised
-        report.longest = max(report.longest, len(rendered.input_ids))
         rows.append({"input_ids": rendered.input_ids, "labels": rendered.labels, "length": len(rendered.input_ids)})
-    _require_training_tokens(report, limits)
+    require_training_tokens(report, limits)
     return rows, report
 
 
-def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, report: RowReport) -> Rendered | None:
+def admit(
+    render: Callable[[], Rendered],
+    line: int,
+    limits: Limits,
+    report: RowReport,
+    *,
+    shorten: Callable[[Rendered], Rendered] | None = None,
+) -> Rendered | None:
+    """Render a row and keep it, shortened where it is too long and may be; None for one that is left out, counted.
+
+    Without `shorten` a row that is too long is left out instead. Raises Refused for one if `over_length` is `error`.
+    """
+    report.read += 1
+    rendered = _within_limits(render, line, limits, report, shorten)
+    if rendered is None:
+        return None
+    if rendered.supervised == 0:
+        report.without_supervised_token += 1
+        note(report, f"line {line} left out: no token of an answer is left to train on")
+        return None
+    report.kept += 1
+    report.tokens += len(rendered.input_ids)
+    report.supervised_tokens += rendered.supervised
+    report.longest = max(report.longest, len(rendered.input_ids))
+    return rendered
+
+
+def _within_limits(
+    render: Callable[[], Rendered],
+    line: int,
+    limits: Limits,
+    report: RowReport,
+    shorten: Callable[[Rendered], Rendered] | None,
+) -> Rendered | None:
     try:
-        rendered = render_conversation(tokenizer, messages)
+        rendered = render()
     except ValueError as error:
         report.not_renderable += 1
         note(report, f"line {line}: {error}")
@@ -116,12 +151,12 @@ def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, 
     if excess:
         if limits.over_length == "error":
             raise Refused(f"line {line}: {excess}. Raise the limit, or set over_length to drop or truncate.")
-        if limits.over_length == "drop":
+        if limits.over_length == "drop" or shorten is None:
             report.dropped_over_length += 1
             note(report, f"line {line} dropped: {excess}")
             return None
         full = len(rendered.input_ids)
-        rendered = _truncate(tokenizer, messages, rendered, limits)
+        rendered = shorten(rendered)
         if left := excess_of(rendered, limits):
             report.dropped_over_length += 1
             note(report, f"line {line} dropped: {left} even without its question")
@@ -129,10 +164,6 @@ def _render(tokenizer: Any, messages: list[Message], line: int, limits: Limits, 
         report.truncated += 1
         report.tokens_cut += full - len(rendered.input_ids)
         note(report, f"line {line} cut: {excess}")
-    if rendered.supervised == 0:
-        report.without_supervised_token += 1
-        note(report, f"line {line} left out: no token of an answer is left to train on")
-        return None
     return rendered
 
 
@@ -148,7 +179,7 @@ def excess_of(rendered: Rendered, limits: Limits) -> str | None:
     return None
 
 
-def _truncate(tokenizer: Any, messages: list[Message], rendered: Rendered, limits: Limits) -> Rendered:
+def _truncate(tokenizer: Any, messages: list[Message], limits: Limits, rendered: Rendered) -> Rendered:
     """Cut the last user message, then the last answer, until the row fits.
 
     The text of the message is cut and rendered anew, so that the template's own tokens stay whole; a cut answer
@@ -187,7 +218,8 @@ def note(report: RowReport, text: str, most: int = 10) -> None:
         report.notes.append(text)
 
 
-def _require_training_tokens(report: RowReport, limits: Limits) -> None:
+def require_training_tokens(report: RowReport, limits: Limits) -> None:
+    """Raise Refused with the reasons if no token is left to train on."""
     if report.supervised_tokens:
         return
     reasons = "; ".join(report.notes[:3]) or "the dataset has no rows"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import re
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
 from methods.toolkit import processes
+from methods.toolkit.checkpoints import remove_torn_checkpoints
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -377,11 +376,3 @@ def mean_loss(history: list[dict[str, float]]) -> float:
 def last_logged(name: str, history: list[dict[str, float]]) -> float:
     """The newest value of a curve in a trainer's history, 0 if there is none."""
     return next((entry[name] for entry in reversed(history) if name in entry), 0)
-
-
-def remove_torn_checkpoints(checkpoints: Path) -> None:
-    """Remove what a kill left half-written."""
-    whole = contract.complete_checkpoints(checkpoints)
-    for path in checkpoints.glob("checkpoint-*"):
-        if path not in whole:
-            shutil.rmtree(path)

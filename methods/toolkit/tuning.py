@@ -13,15 +13,15 @@ from methods import contract
 from methods.toolkit import models, training
 
 
-def load_trained_model(job: contract.Job, load: models.Load = models.load_model) -> Any:
+def load_trained_model(job: contract.Job, load: models.Load = models.load_model, start: str | None = None) -> Any:
     """Load the base model of the job in the dtype that it is trained in, prepared for an adapter where it is 4-bit.
 
-    A method without the parameter `tuning` trains adapters only.
+    `start`: a folder whose weights it is to have instead. A method without the parameter `tuning` trains adapters only.
     """
     p = job.parameters
     dtype = training.weights_dtype(p["dtype"], full=p.get("tuning") == "full")
-    model = load(job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
-    model.config.use_cache = False
+    model = load(start or job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
+    model.config.get_text_config().use_cache = False
     if p["load_in_4bit"]:
         models.keep_differentiable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=p["gradient_checkpointing"])

@@ -90,7 +90,7 @@ def test_batches_are_made_of_prompts_of_like_length(model: Any, tokenizer: Any, 
 def test_hit_limit_is_true_only_for_answers_that_were_cut(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
     tokens = [tokenizer(text)["input_ids"][0] for text in ("a", "b", "c")]
     ends = [tokenizer.eos_token_id]
-    read = generating._answer
+    read = generating.as_answer
     assert read(tokenizer, [*tokens, ends[0]], ends, 4) == generating.Answer("abc", 3, hit_limit=False)
     assert read(tokenizer, tokens, ends, 3) == generating.Answer("abc", 3, hit_limit=True)
     assert all(answer.hit_limit for answer in generate(model, tokenizer, prompts, Sampling(max_new_tokens=3)))

@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.train import Hyperparameters, TrainConfig
 from methods import contract
 from methods.sft import training as sft
-from methods.toolkit import chat
+from methods.toolkit import chat, checkpoints
 from methods.toolkit import training as toolkit
 from tasks.stages import StageCancelled, StageKilled
 from tests.methods import parameter_effects as effects
@@ -288,7 +288,7 @@ def test_a_torn_checkpoint_is_removed_and_a_whole_one_kept(tmp_path: Path) -> No
     for name in ("checkpoint-1", "checkpoint-2"):
         (tmp_path / name).mkdir()
     contract.mark_complete(tmp_path / "checkpoint-1")
-    toolkit.remove_torn_checkpoints(tmp_path)
+    checkpoints.remove_torn_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

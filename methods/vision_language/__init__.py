@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of models that read images and text."""
