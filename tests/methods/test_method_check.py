@@ -7,6 +7,9 @@ they stay: some take gigabytes.
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -49,3 +52,14 @@ def test_every_file_of_a_method_is_in_the_package() -> None:
         left_out = {path for path in files if path.suffix != ".py"} - packed
         assert left_out == set(), "see package-data in pyproject.toml"
         assert (folder / "__init__.py").is_file() or not any(path.suffix == ".py" for path in files)
+
+
+def test_what_mlx_demo_takes_of_the_toolkit_needs_no_torch() -> None:
+    lock = (METHODS_FOLDER / "mlx_demo" / "environment.lock.txt").read_text(encoding="utf-8")
+    assert "torch==" not in lock
+    program = (METHODS_FOLDER / "mlx_demo" / "training.py").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^from methods\.toolkit import (.+)$", program, flags=re.MULTILINE)
+    without = f"import sys; sys.modules['torch'] = None; from methods.toolkit import {names}"
+    command = [sys.executable, "-c", without]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
