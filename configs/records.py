@@ -90,6 +90,7 @@ class TrainRecord(BaseModel):
     waiting: str | None = Field(default=None, description="What it waits for before it goes on.")
     gpus: list[str] = Field(default_factory=list, description="CUDA devices that the newest attempt was given.")
     run_id: str = Field(description="MLflow run.")
+    code_version: str | None = Field(default=None, description="Version of Tuneline's code that began it.")
     flow_run_id: str | None = Field(default=None, description="Prefect flow run of the newest attempt.")
     earlier_flow_runs: list[str] = Field(default_factory=list, description="Prefect flow runs of earlier attempts.")
     served_as: ServedAs = Field(default_factory=ServedAs)

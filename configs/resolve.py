@@ -9,7 +9,7 @@ sweep.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ COMMAND_LINE = "command line"
 
 _TRAIN_FIELDS = fields_of(TrainConfig)
 _HYPER_FIELDS = fields_of(Hyperparameters)
+COPIED_FROM = "copied_from"
+"""The key of a train file that says which train it is a copy of; the origins of its values tell it."""
+_COPIED = "copied from"
 _CHOSEN = ("preset", "profile")  # what stands beside the fields of a train and fills them
 _TABLE = spelling_table([*_TRAIN_FIELDS, *_HYPER_FIELDS, *_CHOSEN])
 _EXPECTED = {name: limits_of(schema) for name, schema in _TRAIN_FIELDS.items()} | {
@@ -292,11 +295,24 @@ def _layers(
 
 
 def _file_items(source: YamlFile) -> _Items:
-    def place(keys: _Keys) -> Place:
-        line = source.lines.get(keys)
-        return Place(".".join(keys), f"file {source.path}:{line}", source.path, line)
+    values = dict(source.values)
+    train = values.pop(COPIED_FROM, None)
+    if train is not None and not isinstance(train, str):
+        place = Place(COPIED_FROM, f"file {source.path}", source.path, source.lines.get((COPIED_FROM,)))
+        raise Problem(_IMPOSSIBLE, COPIED_FROM, place, train, "the id of a train").as_error(None)
+    copied = f", {_COPIED} {train}" if train else ""
 
-    return list(_walk(source.values, place))
+    def place_of(keys: _Keys) -> Place:
+        line = source.lines.get(keys)
+        return Place(".".join(keys), f"file {source.path}:{line}{copied}", source.path, line)
+
+    return list(_walk(values, place_of))
+
+
+def copied_trains(origins: Iterable[str]) -> list[str]:
+    """The ids of the trains that values with these origins were copied from, each once."""
+    ids = (origin.rpartition(f"{_COPIED} ")[2] for origin in origins if f"{_COPIED} " in origin)
+    return list(dict.fromkeys(ids))
 
 
 def _without_sweep(items: _Items, *, refused: bool) -> _Items:
@@ -312,7 +328,7 @@ def _copied_items(copied: Mapping[str, Any], copied_from: str | None) -> _Items:
     train = copied_from or str(copied.get("name", "a train"))
 
     def place(keys: _Keys) -> Place:
-        return Place(".".join(keys), f"copied from {train}")
+        return Place(".".join(keys), f"{_COPIED} {train}")
 
     return list(_walk(copied, place))
 

@@ -121,6 +121,11 @@ class Settings(BaseSettings):
         return self.root / "sweeps"
 
     @property
+    def comparisons(self) -> Path:
+        """Pages of trains side by side."""
+        return self.root / "comparisons"
+
+    @property
     def methods(self) -> Path:
         """Training methods that were added: a folder each, named by the method."""
         return self.root / "methods"

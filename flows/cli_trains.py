@@ -1,11 +1,12 @@
-"""`tuneline trains`: list, show, log, cancel, resume, copy, compare; and how a train is started and shown."""
+"""`tuneline trains`: list, show, log, cancel, resume, copy, reproduce, compare; how a train is started and shown."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +16,26 @@ import typer
 from configs.errors import UserError
 from configs.scoring import are_scores_of_answers, figure_title
 from configs.settings import load_settings
-from flows.printing import print_fields, print_json, print_scores, print_table, print_warning, print_wrapped
+from flows.printing import (
+    MAIN_FIGURES,
+    print_block,
+    print_differences,
+    print_fields,
+    print_json,
+    print_scores,
+    print_table,
+    print_warning,
+    print_wrapped,
+)
 
 if TYPE_CHECKING:
     from configs.endpoints import Endpoint
     from configs.records import ModelRecord, QueueName, TrainRecord
     from configs.resolve import ResolvedTrain
+    from tasks.comparing import Comparison
+    from tasks.reproducing import Reproduction
 
+_SHOWN_SAMPLES = 3
 LEAST_FREE = 64 * 2**20  # two fresh databases, with room for the records of some trains
 
 app = typer.Typer(help="Trains: what ran, how it went, and running it again.", no_args_is_help=True)
@@ -327,15 +341,15 @@ def copy(
     run: Annotated[bool, typer.Option("--run", help="Start the copy as well.")] = False,
 ) -> None:
     """The configuration of a train as a file, with changes. The way to try one thing differently."""
-    from configs.resolve import resolve_train
+    from configs.resolve import COPIED_FROM, resolve_train
     from tasks.files import write_text
+    from tasks.reproducing import pinned_config
     from tasks.tracking import train_yaml
     from tasks.trains import load_train
 
     record = load_train(train)
-    copied = record.config.model_dump(mode="json")
-    resolved = resolve_train(None, set_, copied=copied, copied_from=record.id)
-    text = f"# Copied from {record.id}\n{train_yaml(resolved.config)}"
+    resolved = resolve_train(None, set_, copied=pinned_config(record), copied_from=record.id)
+    text = f"{COPIED_FROM}: {record.id}\n{train_yaml(resolved.config)}"
     if output is not None:
         write_text(output, text)
         print(f"written to {output}; `tuneline train {output}` starts it")
@@ -347,20 +361,85 @@ def copy(
 
 
 @app.command()
-def compare(
-    trains: Annotated[list[str], typer.Argument(metavar="TRAIN", help="Two or more trains.")], json_: Json = False
-) -> None:
-    """Trains side by side. The parameters that differ, the outcomes, the scores."""
-    from tasks.comparing import compare_trains
+def reproduce(train: Train, json_: Json = False) -> None:
+    """Run a train again from its record alone. Then tell whether curves, scores and answers agree; code 1 if not."""
+    from configs.train import effective_through
+    from tasks.checking import check_train
+    from tasks.reproducing import compare_reproduction, reproduction_config
     from tasks.trains import load_train
 
+    original = load_train(train)
+    resolved = reproduction_config(original)
+    if json_:
+        check_train(resolved.config)
+    else:
+        show_configuration(resolved)
+        check_first(resolved)
+    embedded()
+    model: Any = _run_flow(
+        effective_through(resolved.config),
+        {"train": resolved.config, "origins": resolved.origins, "queue": original.queue},
+    )
+    found = compare_reproduction(original, load_train(model.train))
+    if json_:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _show_reproduction(found)
+    if found.agreement == "different":
+        raise typer.Exit(1)
+
+
+def _show_reproduction(found: Reproduction) -> None:
+    told = {"same": "the very same numbers", "close": "close, not the same", "different": "not the same"}
+    rows = [(name, each.points, each.agreement, each.largest, each.step) for name, each in found.curves.items()]
+    print()
+    print_table(("Curve", "Points", "It is", "Largest difference", "From step"), rows, "no curve")
+    differing = [(name, *pair) for name, pair in found.figures.items() if pair[0] != pair[1]]
+    print()
+    print_table(("Figure", found.original, found.again), differing, f"all {len(found.figures)} figures are the same")
+    if found.answers:
+        print(f"\n{found.answers_same} of {found.answers} answers are the same")
+    for name, column in found.versions.items():
+        print_warning(f"{name} differs: {column[0]}, then {column[1]}")
+    print(f"\n{found.again} is {found.agreement} as {found.original}: {told[found.agreement]}")
+
+
+@app.command()
+def compare(
+    trains: Annotated[list[str], typer.Argument(metavar="TRAIN...", help="Two or more; the first is the yardstick.")],
+    metric: Annotated[str, typer.Option(help="Figure that says which is better, such as accuracy or rouge_l.")] = "f1",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="HTML page of it; by default below the home.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Trains side by side. Parameters that differ, curves, scores with intervals, answers, versions."""
+    from configs.scoring import RULE_METRICS
+    from tasks.comparing import compare_kept
+    from tasks.trains import load_train
+
+    if metric not in RULE_METRICS:
+        raise UserError("there is no such metric", field="--metric", value=metric, expected=", ".join(RULE_METRICS))
     if len(trains) < 2:
         raise UserError("comparing needs at least two trains", field="TRAIN", value=trains)
     records = [load_train(train) for train in trains]
-    comparison = compare_trains(records)
-    page = _compare_page([record.run_id for record in records])
+    if len({record.id for record in records}) < len(records):
+        raise UserError("a train is named twice", field="TRAIN", value=trains)
+    show_comparison(compare_kept(records, metric), records, output, json_)
+
+
+def show_comparison(
+    comparison: Comparison, records: Sequence[TrainRecord], output: Path | None = None, json_: bool = False
+) -> None:
+    """Write the page of a comparison, and print it: what differs, what came out, which is better."""
+    from tasks.comparing_report import as_page
+    from tasks.files import write_text
+
+    mlflow = _compare_page([record.run_id for record in records])
+    page = output or load_settings().comparisons / f"{_joined(comparison.trains)}.html"
+    write_text(page, as_page(comparison, records, mlflow))
     if json_:
-        print_json({**comparison.model_dump(mode="json"), "mlflow": page})
+        print_json({**comparison.model_dump(mode="json"), "mlflow": mlflow, "page": str(page)})
         return
     columns = ("", *comparison.trains)
     differing = [(name, *values) for name, values in comparison.parameters.items()]
@@ -368,8 +447,25 @@ def compare(
     figures = [(name, *values) for name, values in comparison.figures.items()]
     print()
     print_table(columns, figures, "no figures yet", title="Outcome")
-    if page is not None:
-        print(f"\nIn MLflow, with the curves: {page}")
+    print()
+    print_table(columns, [(name, *values) for name, values in comparison.versions.items()], "", title="Versions")
+    for train, differences in comparison.differences.items():
+        print()
+        print_differences([each for each in differences if each.metric in MAIN_FIGURES], (comparison.trains[0], train))
+    print()
+    for sample in comparison.samples[:_SHOWN_SAMPLES]:
+        answers = [f"{train}: {answer}" for train, answer in zip(comparison.trains, sample.answers, strict=True)]
+        print_block(f"{sample.row}. {sample.prompt}", f"expected: {sample.reference}", *answers)
+    print(f"\n{comparison.verdict}")
+    print(f"\nWith the curves: {page}")
+    if mlflow is not None:
+        print(f"In MLflow: {mlflow}")
+
+
+def _joined(trains: Sequence[str]) -> str:
+    """A name for the page: the first two, and a mark of all where there are more."""
+    named = "_and_".join(trains[:2])
+    return named if len(trains) == 2 else f"{named}_{hashlib.sha256(' '.join(trains).encode()).hexdigest()[:8]}"
 
 
 def _compare_page(run_ids: list[str]) -> str | None:

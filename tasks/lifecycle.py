@@ -133,10 +133,7 @@ def _open_from_form(train: TrainConfig, through: Through, endpoint: str | None, 
         resolved = mark_copied(resolved, copied.id, copied.config)
     for warning in resolved.warnings:
         get_run_logger().warning("%s", warning)
-    record = trains.open_train(resolved.config, resolved.origins, resolved.warnings)
-    if copied is not None:
-        tracking.mlflow_client().set_tag(record.run_id, "tuneline.copied_from", copied.id)
-    return record
+    return trains.open_train(resolved.config, resolved.origins, resolved.warnings)
 
 
 def _copied_train() -> TrainRecord | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +43,72 @@ def draw_curves(events: list[dict[str, Any]], path: Path, title: str, dpi: int =
     panels = [(label, drawn) for label, names in _panels(curves) if (drawn := _present(curves, names))]
     if not panels:
         return False
+    figure, places = _figure(len(panels), title, dpi)
+    for axes, (label, drawn) in zip(places, panels, strict=False):
+        for name, points in drawn.items():
+            axes.plot(*zip(*points, strict=True), label=name, marker=_marker(points), markersize=3)
+        axes.set_title(label)
+        if len(drawn) > 1:
+            axes.legend()
+    figure.savefig(path)
+    return True
+
+
+def draw_overlaid(trains: Mapping[str, list[dict[str, Any]]], path: Path, title: str, dpi: int = 110) -> bool:
+    """Draw the curves of several trains, by their events, over each other as a PNG; False if there is no point.
+
+    A train has a colour. Where a panel has several curves of a train, they have different strokes.
+    """
+    curves = {train: curves_of(events) for train, events in trains.items()}
+    everything = {name: points for each in curves.values() for name, points in each.items() if points}
+    panels = [(label, list(drawn)) for label, names in _panels(everything) if (drawn := _present(everything, names))]
+    if not panels:
+        return False
+    figure, places = _figure(len(panels), title, dpi)
+    for axes, (label, names) in zip(places, panels, strict=False):
+        for number, of_train in enumerate(curves.values()):
+            for name, stroke in zip(names, itertools.cycle(_STROKES)):
+                points = of_train.get(name, [])
+                if points:
+                    axes.plot(*zip(*points, strict=True), f"C{number}", linestyle=stroke, marker=_marker(points), ms=3)
+        axes.set_title(label + (f" ({', '.join(_stroked(names))})" if len(names) > 1 else ""))
+    handles = [_line(f"C{number}") for number in range(len(curves))]
+    figure.legend(handles, list(curves), loc="outside lower center", ncols=1)
+    figure.savefig(path)
+    return True
+
+
+_STROKES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dash-dotted"}
+
+
+def _stroked(names: Sequence[str]) -> Iterator[str]:
+    return (f"{name} {_STROKES[stroke]}" for name, stroke in zip(names, itertools.cycle(_STROKES)))
+
+
+def _line(colour: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour)
+
+
+def _figure(panels: int, title: str, dpi: int) -> tuple[Any, list[Any]]:
+    """A figure with places for so many panels, each with its axis of steps."""
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(panels) / 2)
+    rows = math.ceil(panels / 2)
     figure = Figure(figsize=(11, 0.4 + 3.05 * rows), layout="constrained", dpi=dpi)
     figure.suptitle(title)
     places = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes, (label, drawn) in zip(places, panels, strict=False):
-        for name, points in drawn.items():
-            marker = "o" if len(points) < 30 else None
-            axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
-        axes.set_title(label)
+    for axes in places[:panels]:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if len(drawn) > 1:
-            axes.legend()
-    for axes in places[len(panels) :]:
+    for axes in places[panels:]:
         axes.set_axis_off()
-    figure.savefig(path)
-    return True
+    return figure, places
+
+
+def _marker(points: _Points) -> str | None:
+    return "o" if len(points) < 30 else None
 
 
 def _panels(curves: dict[str, _Points]) -> list[tuple[str, tuple[str, ...]]]:

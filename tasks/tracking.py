@@ -19,6 +19,7 @@ from configs.settings import PROJECT_ROOT, Settings, load_settings
 from configs.train import TrainConfig
 from deployments.databases import EXPERIMENT, PROXIED_ARTIFACTS, mlflow_artifact_location
 from methods import contract
+from methods.registry import known_method
 from tasks import runs_view
 from tasks.files import write_text
 from tasks.stages import EventTail
@@ -141,10 +142,18 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 
 def train_yaml(config: TrainConfig) -> str:
-    """The configuration as the YAML file that gives it again."""
+    """The configuration as the YAML file that gives it again.
+
+    Without what is not set, unless the method would set it, and without what the method has no use for.
+    """
     import yaml
 
     content = config.model_dump(mode="json", exclude_none=True)
+    method = known_method(config.method)
+    if method is not None:
+        hyper = dict.fromkeys(method.hyperparameter_defaults) | content["hyperparameters"]
+        unused = method.hyperparameters.unused
+        content["hyperparameters"] = {name: value for name, value in hyper.items() if name not in unused}
     return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
 
 

@@ -19,6 +19,7 @@ from configs.datasets import Columns, DatasetVersion
 from configs.errors import UserError
 from configs.method_values import checked_values
 from configs.records import ModelRecord, SweepPlace, TrainRecord, TrainStatus, now
+from configs.resolve import copied_trains
 from configs.settings import Settings, load_settings
 from configs.train import TrainConfig
 from methods import contract
@@ -197,6 +198,7 @@ def open_train(
             "tuneline.base": config.base_model,
             "mlflow.note.content": config.description,
             **({"tuneline.sweep": sweep.sweep} if sweep is not None else {}),
+            **({"tuneline.copied_from": ", ".join(copied)} if (copied := copied_trains(origins.values())) else {}),
         },
     )
     record = TrainRecord(
@@ -207,6 +209,7 @@ def open_train(
         created=created,
         run_id=run_id,
         sweep=sweep,
+        code_version=tracking.code_version(),
     )
     own_train(record.id)
     save_record(record)
@@ -636,8 +639,7 @@ def report(record: TrainRecord) -> str:
 def _links(record: TrainRecord) -> dict[str, str]:
     page = tracking.run_page(record.run_id)
     links = {"MLflow run: curves and files": page} if page else {}
-    copied = {origin.removeprefix("copied from ") for origin in record.origins.values() if origin.startswith("copied ")}
-    for train_id in copied:
+    for train_id in copied_trains(record.origins.values()):
         with contextlib.suppress(UserError):  # deleted since, or on another host
             compared = tracking.compare_page([load_train(train_id).run_id, record.run_id])
             links |= {f"Compare with {train_id}": compared} if compared else {}
