@@ -390,7 +390,11 @@ def reproduce(train: Train, json_: Json = False) -> None:
 
 
 def _show_reproduction(found: Reproduction) -> None:
-    told = {"same": "the very same numbers", "close": "close, not the same", "different": "not the same"}
+    told = {
+        "same": "has the very numbers of",
+        "close": "has almost the numbers of",
+        "different": "has other numbers than",
+    }
     rows = [(name, each.points, each.agreement, each.largest, each.step) for name, each in found.curves.items()]
     print()
     print_table(("Curve", "Points", "It is", "Largest difference", "From step"), rows, "no curve")
@@ -401,7 +405,7 @@ def _show_reproduction(found: Reproduction) -> None:
         print(f"\n{found.answers_same} of {found.answers} answers are the same")
     for name, column in found.versions.items():
         print_warning(f"{name} differs: {column[0]}, then {column[1]}")
-    print(f"\n{found.again} is {found.agreement} as {found.original}: {told[found.agreement]}")
+    print(f"\n{found.agreement}: {found.again} {told[found.agreement]} {found.original}")
 
 
 @app.command()
@@ -435,7 +439,7 @@ def show_comparison(
     from tasks.comparing_report import as_page
     from tasks.files import write_text
 
-    mlflow = _compare_page([record.run_id for record in records])
+    mlflow = _compare_page(records, comparison.verdicts)
     page = output or load_settings().comparisons / f"{_joined(comparison.trains)}.html"
     write_text(page, as_page(comparison, records, mlflow))
     if json_:
@@ -468,8 +472,8 @@ def _joined(trains: Sequence[str]) -> str:
     return named if len(trains) == 2 else f"{named}_{hashlib.sha256(' '.join(trains).encode()).hexdigest()[:8]}"
 
 
-def _compare_page(run_ids: list[str]) -> str | None:
-    """The address of MLflow's page, if its server runs; telling the figures needs none."""
+def _compare_page(records: Sequence[TrainRecord], verdicts: Mapping[str, str]) -> str | None:
+    """The address of MLflow's page, which then shows the verdicts too, if its server runs; the figures need none."""
     from deployments.services import addresses
 
     if addresses(load_settings()).mlflow is None and not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
@@ -477,10 +481,11 @@ def _compare_page(run_ids: list[str]) -> str | None:
     embedded()
     from mlflow.exceptions import MlflowException
 
-    from tasks.tracking import compare_page
+    from tasks.tracking import compare_page, log_verdicts
 
     try:
-        return compare_page(run_ids)
+        log_verdicts({record.run_id: verdicts[record.id] for record in records if record.id in verdicts})
+        return compare_page([record.run_id for record in records])
     except MlflowException as error:
         print_warning(f"MLflow does not tell where these trains are: {str(error)[:300]}")
         return None

@@ -51,6 +51,9 @@ class Comparison(BaseModel):
         default_factory=dict, description="Why there is no difference row by row, by train."
     )
     better: str | None = Field(default=None, description="The train whose model is better than the first's, and best.")
+    verdicts: dict[str, str] = Field(
+        default_factory=dict, description="Of each other train against the first, in words, by train."
+    )
     verdict: str = Field(description="Which is better, in words.")
     samples: list[Sample] = Field(default_factory=list, description="The rows that differ most, then the first ones.")
 
@@ -217,24 +220,24 @@ def _spread(sample: Sample) -> float:
 
 
 def _verdict(found: Comparison) -> dict[str, Any]:
-    """`verdict`, and `better` if there is one that is."""
+    """`verdicts` and `verdict`, and `better` if there is one that is."""
     first = found.trains[0]
-    sentences, winners = [], {}
-    for train, differences in found.differences.items():
-        each = next((each for each in differences if each.metric == found.metric), None)
-        if each is None:
-            sentences.append(f"{train} was not scored by {_title(found.metric)}.")
-            continue
-        sentences.append(_told(train, first, each))
-        if each.verdict == "better":
-            winners[train] = each.second
+    told, winners = {}, {}
+    for train in found.trains[1:]:
+        each = next((each for each in found.differences.get(train, []) if each.metric == found.metric), None)
+        if each is not None:
+            told[train] = _told(train, first, each)
+            if each.verdict == "better":
+                winners[train] = each.second
+        elif train in found.not_compared:
+            told[train] = f"{train} is not compared row by row: {found.not_compared[train]}."
+        else:
+            told[train] = f"{train} was not scored by {_title(found.metric)}."
     better = None
     if winners:
         better = (min if found.metric in LOWER_IS_BETTER else max)(winners, key=lambda train: winners[train])
-    sentences += [f"{train} is not compared row by row: {reason}." for train, reason in found.not_compared.items()]
-    if not found.differences:
-        sentences += _by_loss(found)
-    return {"better": better, "verdict": "\n".join(sentences)}
+    by_loss = [] if found.differences else _by_loss(found)
+    return {"better": better, "verdicts": told, "verdict": "\n".join([*told.values(), *by_loss])}
 
 
 def _told(train: str, first: str, each: PairedDifference) -> str:

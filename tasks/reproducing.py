@@ -68,7 +68,7 @@ def pinned_config(record: TrainRecord) -> dict[str, Any]:
 def reproduction_config(record: TrainRecord) -> ResolvedTrain:
     """The configuration to run a train again with: as far as to a model that can be scored, and told to nobody.
 
-    Raises UserError for a train that has not completed.
+    Raises UserError for a train that has not completed, or that has kept nothing to compare with.
     """
     status = current_status(record)
     if status != "completed":
@@ -78,6 +78,8 @@ def reproduction_config(record: TrainRecord) -> ResolvedTrain:
             value=record.id,
             mend=f"`tuneline trains resume {record.id}`" if status != "running" else "wait for it",
         )
+    if not (_curves(record) or record.evaluation):
+        raise UserError("this train has kept neither curves nor scores to compare with", field="train", value=record.id)
     changes: dict[str, Any] = {"through": None, "endpoint": None, "alerts": []}
     found = resolve_train(copied=pinned_config(record) | changes, copied_from=record.id)
     return found.model_copy(update={"origins": found.origins | dict.fromkeys(changes, "reproduction")})
@@ -92,7 +94,13 @@ def compare_reproduction(original: TrainRecord, again: TrainRecord) -> Reproduct
     found = Reproduction(
         original=original.id,
         again=again.id,
-        agreement=_worst([*(each.agreement for each in curves.values()), *map(_agreement, figures.values())]),
+        agreement=_worst(
+            [
+                *(each.agreement for each in curves.values()),
+                *map(_agreement, figures.values()),
+                "same" if same == answers else "close",
+            ]
+        ),
         curves=curves,
         figures=figures,
         answers=answers,
@@ -120,11 +128,9 @@ def _of_the_train(name: str) -> bool:
 def _compare_curves(
     original: Mapping[str, Mapping[int, float]], again: Mapping[str, Mapping[int, float]]
 ) -> dict[str, CurveAgreement]:
-    if not original:
-        raise UserError("the original has no curve to compare with")
     found = {}
-    for name, points in original.items():
-        other = again.get(name, {})
+    for name in dict.fromkeys([*original, *again]):
+        points, other = original.get(name, {}), again.get(name, {})
         differences = {step: _difference(points.get(step), other.get(step)) for step in sorted({*points, *other})}
         largest = max(differences.values())
         found[name] = CurveAgreement(

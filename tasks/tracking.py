@@ -242,6 +242,13 @@ def compare_page(run_ids: Sequence[str]) -> str | None:
     return f"{server.rstrip('/')}/#/compare-runs?runs={runs}&experiments={of}"
 
 
+def log_verdicts(verdicts: Mapping[str, str]) -> None:
+    """Say on each run, by its id, how its model fared against another: the page that compares runs shows tags."""
+    client = mlflow_client()
+    for run_id, verdict in verdicts.items():
+        client.set_tag(run_id, "tuneline.compared", verdict)
+
+
 def reopen_run(run_id: str) -> None:
     """Say that a closed run goes on (its train was resumed)."""
     mlflow_client().update_run(run_id, status="RUNNING")

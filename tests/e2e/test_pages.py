@@ -91,6 +91,12 @@ class Site:
         self.page.get_by_role("button", name="Open menu").click()
         self.page.get_by_role("menuitem", name=entry).click()
 
+    def tuneline(self, *arguments: str) -> str:
+        """What a command has printed."""
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout
+
     def record(self, name: str) -> TrainRecord:
         (path,) = self.settings.trains.glob(f"{name}_*/train.json")
         return TrainRecord.model_validate_json(path.read_bytes())
@@ -106,7 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     make_tiny_chat_model(root / "tiny", seed=1)
     rooms = ("kitchen", "hall", "cellar", "garden", "attic", "office", "bath")
     rows = [
-        {"prompt": f"switch the light {n} in the {rooms[n * 5 % 7]}", "completion": f"on {n % 7}"} for n in range(120)
+        {"prompt": f"switch the light {n} in the {rooms[n * 5 % 7]}", "completion": f"on {n % 7}"} for n in range(150)
     ]
     for name, part in {"rows": rows[:100], "validation": rows[100:110], "test": rows[110:]}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
@@ -250,7 +256,7 @@ def test_copy_is_the_same_train_but_for_the_change(site: Site, first: str, secon
     assert f"train:{one.id}" not in site.run(second)["tags"]
 
 
-def test_mlflow_shows_both_with_different_parameters_and_both_curves(site: Site, first: str, second: str) -> None:
+def test_mlflow_shows_both_trains_and_both_curves(site: Site, first: str, second: str) -> None:
     runs = {name: site.record(name) for name in ("lights", "lights-slow")}
     page = site.page
     page.goto(f"{site.mlflow}/#/experiments/1/runs?viewStateShareKey=tuneline-trains")
@@ -259,15 +265,6 @@ def test_mlflow_shows_both_with_different_parameters_and_both_curves(site: Site,
         page.get_by_role("button", name="Close").first.click()  # the assistant takes a third of the page
     page.get_by_text("accuracy_tuned").first.wait_for()
     site.picture("08-mlflow-table")
-
-    command = [sys.executable, "-m", "flows.cli", "trains", "compare", "lights", "lights-slow", "--json"]
-    told = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=120)
-    page.goto(json.loads(told.stdout)["mlflow"])
-    page.get_by_text("Comparing 2 Runs").wait_for()
-    rate = page.get_by_role("row").filter(has_text="learning_rate")
-    rate.first.scroll_into_view_if_needed()
-    site.picture("09-mlflow-compare")
-    assert {str(FIRST), str(SECOND)} <= set(re.split(r"\s+", " ".join(rate.all_inner_texts())))
 
     page.goto(f"{site.mlflow}/#/experiments/1/runs?compareRunsMode=CHART")
     page.reload()
@@ -282,6 +279,46 @@ def test_mlflow_shows_both_with_different_parameters_and_both_curves(site: Site,
     for record in runs.values():
         assert page.get_by_text(record.id).first.is_visible()
     site.picture("10-mlflow-curves")
+
+
+def test_comparison_tells_what_differs_and_which_is_better_in_terminal_page_and_mlflow(
+    site: Site, first: str, second: str
+) -> None:
+    fast, slow = (site.record(name) for name in ("lights", "lights-slow"))
+    told = site.tuneline("trains", "compare", "lights", "lights-slow")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    (PICTURES / "13-compare.txt").write_text(told, encoding="utf-8")
+    differing = told.split("\n\n")[0]
+    assert re.findall(r"^(\S+) +(\S+) +(\S+)$", differing, re.MULTILINE)[-1] == ("learning_rate", "0.01", "0.002")
+    assert len(differing.splitlines()) == 3  # its title, the trains, and the one parameter
+    (verdict,) = re.findall(
+        rf"^{slow.id} is worse than {fast.id} by F1: .* points, 95 % interval \[-[\d.]+, -[\d.]+\].*$",
+        told,
+        re.MULTILINE,
+    )
+
+    page = site.page
+    (report,) = re.findall(r"^With the curves: (.*)$", told, re.MULTILINE)
+    page.goto(Path(report).as_uri())
+    assert verdict in page.locator("body").inner_text()
+    parameters = page.get_by_role("table").first.get_by_role("row")
+    assert parameters.all_inner_texts() == [f"\t{fast.id}\t{slow.id}", f"learning_rate\t{FIRST}\t{SECOND}"]
+    curves = page.get_by_role("img", name="Curves of the trains")
+    assert curves.evaluate("image => image.complete && image.naturalWidth > 300")
+    page.set_viewport_size({"width": 1440, "height": 3400})
+    site.picture("13-compare-page")
+    page.set_viewport_size({"width": 1440, "height": 1000})
+
+    page.get_by_role("link", name="The same in MLflow").click()
+    page.get_by_text("Comparing 2 Runs").wait_for()
+    rate = page.get_by_role("row").filter(has_text="learning_rate")
+    rate.first.scroll_into_view_if_needed()
+    assert {str(FIRST), str(SECOND)} <= set(re.split(r"\s+", " ".join(rate.all_inner_texts())))
+    assert page.get_by_role("row").filter(has_text="weight_decay").count() == 0  # only what differs
+    page.get_by_text(verdict).first.wait_for()
+    page.set_viewport_size({"width": 1440, "height": 3000})
+    site.picture("09-mlflow-compare")
+    page.set_viewport_size({"width": 1440, "height": 1000})
 
 
 def test_train_cancelled_on_the_page_stops_with_all_its_processes(site: Site, second: str) -> None:

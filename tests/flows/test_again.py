@@ -15,12 +15,13 @@ from methods import contract
 from tasks import trains
 from tasks.comparing import compare_kept
 from tasks.plots import curves_of
-from tasks.reproducing import compare_reproduction, pinned_config, reproduction_config
+from tasks.reproducing import REPORT_FILE, Reproduction, compare_reproduction, pinned_config
 from tasks.stages import EventTail
 from tasks.tracking import mlflow_client, train_yaml
+from tests.flows.command_line import printed, tuneline
 from tests.flows.tiny_trains import installation, resolved
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.lifecycle]
 
 
 @dataclass
@@ -82,8 +83,14 @@ def test_a_copy_takes_the_very_same_first_step_although_the_file_has_changed(pla
 
 
 def test_a_reproduction_is_the_same(place: Place) -> None:
-    found = compare_reproduction(place.original, run(reproduction_config(place.original)))
-    assert found.agreement == "same", found
+    home = place.root / "home"
+    told = printed(tuneline("trains", "reproduce", place.original.id, home=home, cwd=place.root, seconds=300))
+    again = told.splitlines()[-1].removeprefix("same: ").split()[0]
+    assert told.endswith(f"\nsame: {again} has the very numbers of {place.original.id}\n")
+    assert "3 of 3 answers are the same" in told
+    kept = (trains.train_folder(again) / REPORT_FILE).read_bytes()
+    found = Reproduction.model_validate_json(kept)
+    assert (found.agreement, found.answers_same) == ("same", 3)
     assert {"loss", "eval_loss", "grad_norm", "learning_rate"} <= set(found.curves)
-    assert found.answers_same == found.answers == 3
     assert {"tuned f1", "base f1", "loss"} <= set(found.figures)
+    assert again != place.original.id

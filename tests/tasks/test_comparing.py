@@ -77,6 +77,7 @@ def test_the_verdict_names_the_better_train_with_the_interval() -> None:
     found = compare_trains(records, "f1", {"one": answers(20), "two": answers(35), "three": answers(21)})
     assert found.better == "two"
     two, three = found.verdict.splitlines()
+    assert found.verdicts == {"two": two, "three": three}
     assert two.startswith(
         "two is better than one by F1: 87.50 % against 50.00 % on 40 rows, +37.50 points, 95 % interval ["
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,27 +96,37 @@ def test_what_a_file_says_it_was_copied_from_must_be_an_id(tmp_path: Path) -> No
 
 def test_only_a_completed_train_is_reproduced_and_no_further_than_to_its_model(home: Path) -> None:
     config = {"through": "deployed", "endpoint": "lamps", "alerts": [{"to": "ops", "on": ["failed"]}]}
-    found = reproduction_config(record("one", config, dataset="rows@0123"))
+    scores = {"tuned": {"f1": 80.0}}
+    found = reproduction_config(record("one", config, dataset="rows@0123", evaluation=scores))
     assert (found.config.through, found.config.endpoint, found.config.alerts) == (None, None, [])
     assert found.config.dataset == "rows@0123"
     assert found.origins["endpoint"] == "reproduction"
     assert found.origins["base_model"] == "copied from one"
     with pytest.raises(UserError, match="trains resume one"):
         reproduction_config(record("one", status="failed"))
+    with pytest.raises(UserError, match="neither curves nor scores"):
+        reproduction_config(record("one"))
 
 
 # --- agreement ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def run_id(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The MLflow run of the train `two`; making a store takes seconds, so there is one for all."""
+    root = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNELINE_HOME", str(root))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        yield tracking.start_run("two", "train", {})
+
+
 @pytest.fixture
-def pair(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainRecord, TrainRecord]:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    run = tracking.start_run("two", "train", {})
+def pair(run_id: str, home: Path) -> tuple[TrainRecord, TrainRecord]:
     evaluation = {"tuned": {"f1": 80.0}}
     one = record("one", outcome={"steps": 3, "loss": 1.5, "seconds": 10.0}, evaluation=evaluation, code_version="v1")
-    two = record(
-        "two", outcome={"steps": 3, "loss": 1.5, "seconds": 20.0}, evaluation=evaluation, code_version="v1", run_id=run
-    )
+    outcome = {"steps": 3, "loss": 1.5, "seconds": 20.0}
+    two = record("two", outcome=outcome, evaluation=evaluation, code_version="v1", run_id=run_id)
     for each in (one, two):
         save_record(each)
         write_curves(each, [2.0, 1.5, 1.0])
@@ -173,3 +184,8 @@ def test_a_score_or_a_version_that_differs_is_told(pair: tuple[TrainRecord, Trai
     assert found.figures["tuned f1"] == (80, 70)
     assert found.versions == {"code": ["v1", "v2"]}
     assert (found.answers, found.answers_same) == (2, 1)
+
+
+def test_other_answers_are_not_the_same_even_if_every_figure_is(pair: tuple[TrainRecord, TrainRecord]) -> None:
+    write_record(kept_evaluation(train_folder("two"), "tuned"), evaluation_of([("a", "b", "x"), ("d", "e", "e")]))
+    assert compare_reproduction(*pair).agreement == "close"
