@@ -71,7 +71,10 @@ def draw_overlaid(trains: Mapping[str, list[dict[str, Any]]], path: Path, title:
                 points = of_train.get(name, [])
                 if points:
                     axes.plot(*zip(*points, strict=True), f"C{number}", linestyle=stroke, marker=_marker(points), ms=3)
-        axes.set_title(label + (f" ({', '.join(_stroked(names))})" if len(names) > 1 else ""))
+        if len(names) > 1:  # small: two names with their strokes are as wide as the panel
+            axes.set_title(f"{label} ({', '.join(_stroked(names))})", fontsize="small")
+        else:
+            axes.set_title(label)
     handles = [_line(f"C{number}") for number in range(len(curves))]
     figure.legend(handles, list(curves), loc="outside lower center", ncols=1)
     figure.savefig(path)
