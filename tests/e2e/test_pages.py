@@ -53,6 +53,7 @@ class Site:
         """Go to the form of customized/sft the way one clicks there."""
         self.page.goto(f"{self.prefect}/")
         self.page.get_by_role("link", name="Deployments").click()
+        self.page.get_by_placeholder("Search deployments").fill("sft")  # there are pages of them
         deployment = self.api.get("/deployments/name/customized/sft").raise_for_status().json()["id"]
         self.page.locator(f"a[href$='/deployments/deployment/{deployment}']").first.click()
         self.page.get_by_role("button", name="Run", exact=True).click()
