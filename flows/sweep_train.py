@@ -33,7 +33,6 @@ def sweep_train(sweep: str, number: int) -> ModelRecord | Endpoint:
 def main() -> None:
     """Run the train that the command line names; the sweep is told what went wrong, if anything did."""
     import os
-    import signal
     import sys
     import threading
 
@@ -47,14 +46,14 @@ def main() -> None:
     def end_with_the_sweep() -> None:
         while os.read(0, 4096):  # not sys.stdin: its lock, held by a thread, would abort the interpreter's exit
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        sweeping.stop_train(sweep, number)
 
+    sweep, number = sys.argv[1], int(sys.argv[2])
     threading.Thread(target=end_with_the_sweep, daemon=True).start()
     connect(load_settings())
     start_embedded_server()
     from prefect import tags
 
-    sweep, number = sys.argv[1], int(sys.argv[2])
     with sweeping.telling_errors(sweep, number), tags(TAG, train_tag(WORK_POOL), f"sweep:{sweep}"):
         sweep_train(sweep=sweep, number=number)
 
