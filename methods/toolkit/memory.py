@@ -15,12 +15,15 @@ _LIBRARIES_GIB = 0.5
 _HEAD_TOKENS = 4096  # the fused output head works on the trained positions in pieces
 
 
-def estimate_gib(config: Any, total: int, trainable: int, longest: int, parameters: dict[str, Any]) -> float:
+def estimate_gib(
+    config: Any, total: int, trainable: int, longest: int, parameters: dict[str, Any], *, has_head: bool = True
+) -> float:
     """Peak memory of training in GiB: weights, gradients, optimizer state, activations, logits.
 
-    `total` and `trainable` are numbers of parameters, `longest` is the longest row in tokens. On SmolLM2-135M (512
-    tokens, batch 1 to 8, LoRA in bfloat16 and float32, full in float32) it was within 13 % of the measured peak; with
-    gradient checkpointing it was half of the peak, so take it for a lower bound there.
+    `total` and `trainable` are numbers of parameters, `longest` is the longest row in tokens, `has_head` is false for a
+    model that gives no logits. On SmolLM2-135M (512 tokens, batch 1 to 8, LoRA in bfloat16 and float32, full in
+    float32) it was within 13 % of the measured peak; with gradient checkpointing it was half of the peak, so take it
+    for a lower bound there.
     """
     dtype = parameters["dtype"] if parameters["dtype"] in _BYTES else "float32"
     size = _BYTES[dtype]
@@ -33,7 +36,7 @@ def estimate_gib(config: Any, total: int, trainable: int, longest: int, paramete
         activations = tokens * (text.hidden_size * size * text.num_hidden_layers + layer)
     else:
         activations = tokens * layer * text.num_hidden_layers
-    logits = 2 * min(tokens, _HEAD_TOKENS) * text.vocab_size * 4.0
+    logits = 2 * min(tokens, _HEAD_TOKENS) * text.vocab_size * 4.0 if has_head else 0.0
     return float((weights + state + activations + logits) / 2**30) + _LIBRARIES_GIB
 
 
@@ -68,15 +71,18 @@ def available_gib() -> float | None:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def report_memory(job: contract.Job, model: Any, longest: int, tuning: str, frozen: int = 0) -> None:
+def report_memory(
+    job: contract.Job, model: Any, longest: int, tuning: str, frozen: int = 0, *, has_head: bool = True
+) -> None:
     """Report how much of the model is trained and what the train may need, and warn if that is more than is free.
 
     `longest` is the longest row in tokens, `tuning` is `full`, `lora`, or another kind of adapter, `frozen` is the
-    number of parameters of other models that are only used.
+    number of parameters of other models that are only used, `has_head` is false for a model that gives no logits.
     """
     counts = models.parameter_counts(model)
     parameters = {"load_in_4bit": False, **job.parameters, "tuning": tuning}
-    needed = estimate_gib(model.config, counts["total"] + frozen, counts["trainable"], longest, parameters)
+    total = counts["total"] + frozen
+    needed = estimate_gib(model.config, total, counts["trainable"], longest, parameters, has_head=has_head)
     free = available_gib()
     contract.write_json(
         job.folder / "preflight.json",

@@ -120,7 +120,7 @@ def compare(
         tolerance=TOLERANCE[dtype] * scale,
         tokens=sum(each["input_ids"].shape[-1] for each in asked),
     )
-    _judge(result, dtype)
+    judge(result, dtype)
     return result
 
 
@@ -148,7 +148,8 @@ def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
-def _judge(result: Verification, dtype: str) -> None:
+def judge(result: Verification, dtype: str) -> None:
+    """Refuse a saved model by the figures of its proof. Raises Refused."""
     if result.merged_to_base == 0 or result.reference_to_base == 0:
         raise Refused("the trained model gives the same outputs as its base: training has changed nothing")
     if result.merged_to_reference > result.tolerance:

