@@ -99,12 +99,20 @@ def parameters(method: Method | None = None) -> dict[str, list[Parameter]]:
         for heading, model in models.items()
     }
     if method is not None:
+        found["Train"] = [_as_ready(each, method) for each in found["Train"]]
         used = [each for each in found["Hyper-parameters"] if each.name in method.hyperparameter_names]
         found["Hyper-parameters"] = [_as_taken(each, method) for each in used]
         if method.parameters:
             own = [_own_parameter(name, schema) for name, schema in method.parameters.items()]
             found[f"Parameters of {method.name}"] = own
     return found
+
+
+def _as_ready(parameter: Parameter, method: Method) -> Parameter:
+    """A field of the train with what it is where nobody says otherwise."""
+    if parameter.name not in method.train:
+        return parameter
+    return parameter._replace(default=_value_text(method.train[parameter.name]))
 
 
 def _as_taken(parameter: Parameter, method: Method) -> Parameter:

@@ -54,6 +54,16 @@ _EXPECTED = {name: limits_of(schema) for name, schema in _TRAIN_FIELDS.items()} 
 }
 _IMPOSSIBLE = "this value is impossible"
 _GROUPS = ("hyperparameters", "method_params")
+_ABOUT_ROWS = (
+    "prompt_column",
+    "completion_column",
+    "dataset_shape",
+    "validation_dataset",
+    "validation_split",
+    "evaluation_dataset",
+    "evaluation_samples",
+    "evaluation_by",
+)
 _PATH_FIELDS = ("dataset", "validation_dataset", "evaluation_dataset", "base_model", "stop_words")
 
 
@@ -291,6 +301,7 @@ def _layers(
     merged = _method_layer(method) | preset_layer | profile_layer | copied_layer | file_layer | override_layer
     for name in _CHOSEN:
         merged.pop(name, None)
+    merged = _of_other_rows(merged, method)
     return _Layers(method, chosen_preset, preset_layer, profile_layer, copied_layer, merged, notes)
 
 
@@ -414,12 +425,19 @@ def _profile_items(given: _Given) -> _Items:
 
 
 def _method_layer(method: Method) -> _Layer:
-    """The method's own defaults of the common hyper-parameters."""
+    """The method's own defaults of a train's fields and of the common hyper-parameters."""
     origin = _method_origin(method)
-    return {
-        f"hyperparameters.{name}": _Given(f"hyperparameters.{name}", value, Place(name, origin))
-        for name, value in method.hyperparameter_defaults.items()
-    }
+    hyper = {f"hyperparameters.{name}": value for name, value in method.hyperparameter_defaults.items()}
+    values = {**method.train_defaults, **hyper}
+    return {name: _Given(name, value, Place(name.rpartition(".")[2], origin)) for name, value in values.items()}
+
+
+def _of_other_rows(merged: _Layer, method: Method) -> _Layer:
+    """Without what the method says about its own rows, where somebody has given others to train on."""
+    origin = _method_origin(method)
+    if "dataset" not in merged or merged["dataset"].place.origin == origin:
+        return merged
+    return {name: given for name, given in merged.items() if name not in _ABOUT_ROWS or given.place.origin != origin}
 
 
 def _method_origin(method: Method) -> str:
@@ -701,7 +719,7 @@ def _all_warnings(config: TrainConfig, method: Method, merged: _Layer, preset: _
     return [
         *_untypical(config, method, merged),
         *_overridden(config, merged),
-        *_without_effect(config, merged),
+        *_without_effect(config, method, merged),
         *(_preset_mismatch(config, preset) if asked else []),
     ]
 
@@ -736,13 +754,13 @@ def _overridden(config: TrainConfig, merged: _Layer) -> list[str]:
     return found
 
 
-def _without_effect(config: TrainConfig, merged: _Layer) -> list[str]:
+def _without_effect(config: TrainConfig, method: Method, merged: _Layer) -> list[str]:
     hyper = config.hyperparameters
 
     def given(name: str) -> bool:
         if f"hyperparameters.{name}" not in merged:
             return False
-        return bool(getattr(hyper, name) != Hyperparameters.model_fields[name].default)
+        return bool(getattr(hyper, name) != method.hyperparameter_default(name))
 
     found = []
     for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):

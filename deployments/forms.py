@@ -274,6 +274,9 @@ def train_form(method: Method, through: Through, base_models: Sequence[str], pro
     fields["base_model"]["examples"] = list(base_models)
     fields["base_model"]["description"] += f" Registered: {', '.join(base_models)}."
     fields["dataset"]["description"] += " A file: its absolute path on the host that the worker runs on."
+    for name, default in method.train.items():
+        if name in fields and default is not None:
+            fields[name]["default"] = default
     fields["hyperparameters"] = _hyperparameter_form(method, through) | {"title": "Hyper-parameters"}
     fields[OWN] = _method_form(method)
     if not method.parameters:
@@ -340,6 +343,12 @@ def _set_by_somebody(train: TrainConfig) -> dict[str, Any]:
     """What the form gave that is not the default of its method."""
     method = find_method(train.method)
     given = train.model_dump(mode="json", exclude_defaults=True, exclude={"hyperparameters", OWN})
+    for name, default in method.train.items():  # in the place of the common default
+        value = getattr(train, name)
+        if name in train.model_fields_set and value != default:
+            given[name] = value
+        else:
+            given.pop(name, None)
     hyper = train.hyperparameters.model_dump(mode="json", exclude_unset=True)
     defaults = method.parameter_defaults
     given["hyperparameters"] = {

@@ -81,7 +81,9 @@ def common(
 
 @app.command()
 def train(
-    file: Annotated[Path | None, typer.Argument(help="YAML file of the train.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="YAML file of the train, or a method that is ready, such as sft-demo.")
+    ] = None,
     set_: Sets = [],  # noqa: B006 - typer reads the default, nobody changes it
     preset: Annotated[str | None, typer.Option(help="Documented values to start from, such as nl2json.")] = None,
     profile: Annotated[str | None, typer.Option(help="Parameters saved with `tuneline profiles save`.")] = None,
@@ -89,10 +91,13 @@ def train(
     queue: Annotated[QueueName, typer.Option(help="Who gets a GPU first where several trains wait.")] = "default",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and start nothing.")] = False,
 ) -> None:
-    """Train a model from a file."""
+    """Train a model from a file, or as a method has it ready."""
     from configs.resolve import resolve_train
+    from methods.registry import known_method
 
     overrides = [*set_, *([f"through={through}"] if through else [])]
+    if file is not None and not file.exists() and known_method(str(file)) is not None:
+        file, overrides = None, [f"method={file}", *overrides]
     resolved = resolve_train(file, overrides, preset=preset, profile=profile)
     cli_trains.show_configuration(resolved)
     if dry_run:

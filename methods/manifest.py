@@ -17,7 +17,7 @@ from configs.environments import ENVIRONMENT_NAME
 from configs.environments import RECORD as ENVIRONMENT_RECORD
 from configs.errors import UserError
 from configs.parameter_schemas import PATH
-from configs.settings import load_settings
+from configs.settings import PROJECT_ROOT, load_settings
 from configs.train import Hyperparameters, TrainConfig
 
 HOST_ENVIRONMENT = "host"
@@ -26,6 +26,9 @@ NAME_PATTERN = r"^[a-z][a-z0-9-]{0,39}$"
 
 StageName = Literal["training", "saving", "inference-customized", "inference-complete", "deploying"]
 _REQUIRED_STAGE = {"customized": "training", "complete": "saving"}
+ROW_FILES = ("dataset", "validation_dataset", "evaluation_dataset")
+"""The fields of a train that a manifest may fill with files: its own, or samples that ship."""
+_SHIPPED = PROJECT_ROOT / "configs"
 
 
 class StageFile(BaseModel):
@@ -84,6 +87,12 @@ class Method(BaseModel):
     deterministic: bool = Field(
         default=True, description="Whether a train that was interrupted ends exactly as one that was not (on a CPU)."
     )
+    train: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What a train of it is where nobody says otherwise, by the train's own fields (name, base_model, "
+        "dataset, ...): with these a form can be sent as it is. Rows: a file of the method's folder, or of configs "
+        "(samples/...).",
+    )
     hyperparameters: CommonParameters = Field(default_factory=CommonParameters)
     stages: dict[StageName, StageFile]
     deployment_targets: list[Target] = Field(default_factory=list)
@@ -138,6 +147,19 @@ class Method(BaseModel):
     def hyperparameter_default(self, name: str) -> Any:
         """What a common hyper-parameter is for this method if nobody sets it."""
         return self.hyperparameter_defaults.get(name, Hyperparameters.model_fields[name].default)
+
+    @property
+    def train_defaults(self) -> dict[str, Any]:
+        """Its own defaults of the train's fields, by name; files of rows with their absolute paths."""
+        return {
+            name: str(self.row_file(value)) if name in ROW_FILES and value is not None else value
+            for name, value in self.train.items()
+        }
+
+    def row_file(self, name: str) -> Path:
+        """Where a file of rows that the manifest names is: in the method's folder, else among what ships."""
+        own = self.folder / name
+        return own if own.is_file() else _SHIPPED / name
 
     @property
     def parameter_defaults(self) -> dict[str, Any]:

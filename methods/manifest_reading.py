@@ -20,9 +20,11 @@ from configs.reference import fields_of, limits_of
 from configs.settings import load_settings
 from configs.strict_yaml import YamlFile, read_yaml
 from configs.train import Hyperparameters, TrainConfig
-from methods.manifest import HOST_ENVIRONMENT, Method
+from methods.manifest import HOST_ENVIRONMENT, ROW_FILES, Method
 
 _HYPER_FIELDS = fields_of(Hyperparameters)
+_TRAIN_FIELDS = fields_of(TrainConfig)
+_OF_A_TRAIN = [name for name in _TRAIN_FIELDS if name not in ("method", "hyperparameters", "method_params")]
 _TAKEN = spelling_table([*TrainConfig.model_fields, *_HYPER_FIELDS, "preset", "profile"])
 _Keys = tuple[str, ...]
 
@@ -41,7 +43,7 @@ def read_manifest(path: Path) -> Method:
         raise _wrong(
             source, at, first["msg"].removeprefix("Value error, "), first["input"] if keys else None
         ) from error
-    for fault in (_file_fault, _environment_fault, _common_fault, _parameter_fault, _customized_fault):
+    for fault in (_file_fault, _environment_fault, _train_fault, _common_fault, _parameter_fault, _customized_fault):
         found = next(fault(method, source), None)
         if found is not None:
             raise found
@@ -107,6 +109,27 @@ def _environment_fault(method: Method, source: YamlFile) -> Iterator[UserError]:
 
 def _is_made(environment: str) -> bool:
     return (load_settings().environments / environment / ENVIRONMENT_RECORD).is_file()
+
+
+def _train_fault(method: Method, source: YamlFile) -> Iterator[UserError]:
+    """What is wrong with what a train of it is where nobody says otherwise."""
+    for name, value in method.train.items():
+        if name not in _OF_A_TRAIN:
+            near = get_close_matches(name, _OF_A_TRAIN, n=1)
+            mend = f"did you mean {near[0]}?" if near else None
+            expected = f"one of {', '.join(_OF_A_TRAIN)}"
+            yield _wrong(source, ("train", name), "a manifest gives a train no such field", value, expected, mend)
+        elif name in ROW_FILES and isinstance(value, str) and not method.row_file(value).is_file():
+            where = "a file of the method's folder, or of configs (samples/...)"
+            yield _wrong(source, ("train", name), "there is no such file", value, where)
+    try:
+        TrainConfig.model_validate({"name": "a", "base_model": "b", "dataset": "c", **method.train})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        limits = limits_of(_TRAIN_FIELDS[name]) if name in _TRAIN_FIELDS else None
+        keys = ("train", name) if name else ("train",)
+        yield _wrong(source, keys, f"this default is impossible: {first['msg']}", method.train.get(name), limits)
 
 
 def _common_fault(method: Method, source: YamlFile) -> Iterator[UserError]:

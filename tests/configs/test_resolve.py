@@ -468,6 +468,33 @@ def test_the_methods_own_default_lies_between_the_common_one_and_a_preset(tmp_pa
     assert alone.warnings == []
 
 
+READY: dict[str, Any] = {
+    "name": "ready",
+    "base_model": "b",
+    "dataset": "samples/commands_en/train.jsonl",
+    "validation_dataset": "samples/commands_en/validation.jsonl",
+    "max_new_tokens": 64,
+}
+
+
+def test_a_ready_method_needs_nothing_else(tmp_path: Path) -> None:
+    own_method(train=READY, hyperparameters={"defaults": {"evaluation_steps": 5}})
+    resolved = resolve_train(overrides=["method=mine"])
+    assert (resolved.config.name, resolved.config.base_model, resolved.config.max_new_tokens) == ("ready", "b", 64)
+    assert Path(resolved.config.dataset).is_file()
+    assert {resolved.origins[name] for name in READY} == {"method mine"}
+    assert resolve_train(overrides=["method=mine", "name=other"]).config.name == "other"
+
+
+def test_other_rows_are_not_validated_on_those_of_the_method(tmp_path: Path) -> None:
+    own_method(train=READY, hyperparameters={"defaults": {"evaluation_steps": 5}})
+    resolved = resolve_train(overrides=["method=mine", "dataset=c"])
+    assert (resolved.config.dataset, resolved.config.validation_dataset) == ("c", None)
+    assert resolved.config.max_new_tokens == 64
+    assert resolved.warnings == []  # nobody has asked for evaluation_steps
+    assert resolve_train(overrides=["method=mine", "dataset=c", "validation_split=0.1"]).config.validation_split == 0.1
+
+
 def test_a_method_without_customized_models_trains_in_full(tmp_path: Path) -> None:
     stage = {"file": "training.py", "environment": "host"}
     stages = {"training": stage, "saving": stage}

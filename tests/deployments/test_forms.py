@@ -160,6 +160,24 @@ def test_a_method_changes_what_is_asked_of_the_common_fields(home: object) -> No
     assert hyper["tuning"]["enum"] == ["lora"]
 
 
+def test_the_form_of_a_ready_method_can_be_sent_as_it_is(home: object) -> None:
+    ready = {"name": "ready", "base_model": "b", "dataset": "samples/commands_en/train.jsonl", "max_new_tokens": 64}
+    ready["validation_dataset"] = "samples/commands_en/validation.jsonl"
+    install_method(train=ready)
+    schema = forms.train_form(find_method("mine"), "customized", [])
+    fields = schema["properties"]["train"]["properties"]
+    sent = {name: field["default"] for name, field in fields.items() if "default" in field}
+    assert ready.items() <= sent.items()
+    validate({"train": sent}, schema, raise_on_error=True)
+    resolved = forms.resolve_form(TrainConfig.model_validate(sent), "customized")
+    assert {resolved.origins[name] for name in ready} == {"method mine"}
+    assert resolved.config.dataset.endswith("/configs/samples/commands_en/train.jsonl")
+    # The common default is a choice here, and other rows take the method's validation rows away.
+    changed = TrainConfig.model_validate(sent | {"max_new_tokens": 128, "dataset": "c"})
+    config = forms.resolve_form(changed, "customized").config
+    assert (config.max_new_tokens, config.dataset, config.validation_dataset) == (128, "c", None)
+
+
 def test_what_a_form_leaves_at_the_methods_default_came_from_the_method(home: object) -> None:
     own_form()
     # A form sends every field: the common default of the learning rate is a choice here.

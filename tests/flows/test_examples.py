@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.resolve import PRESETS, resolve_train
+from configs.resolve import PRESETS, ResolvedTrain, resolve_train
 from configs.settings import PROJECT_ROOT
 from configs.train import Hyperparameters
+from flows import cli, cli_trains
 from methods.manifest import Method
+from methods.registry import find_method, load_methods
 from tasks.checking import check_train
 from tests.flows.command_line import printed, read_json, tuneline
 from tests.tiny_models import make_tiny_chat_model
 
 EXAMPLES = sorted((PROJECT_ROOT / "configs" / "examples").glob("*.yaml"))
+READY = [name for name, method in load_methods().items() if method.train]
 PRESET_FILES = sorted(PRESETS.glob("*.yaml"))
 SHARED_DATA = Path(os.environ.get("TUNELINE_SHARED_DATA", PROJECT_ROOT.parent / "shared" / "data"))
 
@@ -83,6 +86,37 @@ def test_rows_of_an_example_are_all_usable(file: Path, home: Path, monkeypatch: 
     assert reports["dataset"].rows_kept > 30
     assert all(report.rows_kept >= 8 for report in reports.values())
     assert not home.exists()
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_method_is_trained_by_its_name(
+    name: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[ResolvedTrain] = []
+    monkeypatch.setattr(cli_trains, "start", lambda resolved, queue: started.append(resolved))
+    monkeypatch.chdir(tmp_path)
+    cli.train(Path(name))
+    (resolved,) = started
+    assert (resolved.config.method, resolved.config.name) == (name, name)
+    assert resolved.warnings == []
+    reports = check_train(resolved.config)
+    assert set(reports) == {"dataset", "validation_dataset", "evaluation_dataset"}
+    assert all(report.rows_kept > 30 and report.rows_refused == 0 for report in reports.values())
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_method_says_what_it_trains_and_how_to_run_it(name: str) -> None:
+    lines = (find_method(name).folder / "method.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# Trains: ")
+    assert any(line.startswith("# Memory: ") for line in lines)
+    assert any(line.startswith(f"# Run:    tuneline train {name}") for line in lines)
+
+
+def test_sft_demo_is_the_train_of_the_demo() -> None:
+    demo = resolve_train(PROJECT_ROOT / "configs" / "examples" / "demo.yaml").config
+    ready = resolve_train(overrides=["method=sft-demo"]).config
+    own = {"name", "description", "method", "through"}
+    assert ready.model_dump(exclude=own) == demo.model_dump(exclude=own)
 
 
 @pytest.mark.parametrize("file", PRESET_FILES, ids=lambda path: path.stem)

@@ -87,6 +87,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "    environment: ../env",
         "this folder is not inside the method's",
     ),
+    # what a train of it is where nobody says otherwise
+    ({"train": {"dataest": "x"}}, "  dataest: x", "did you mean dataset?"),
+    ({"train": {"method": "sft"}}, "  method: sft", "field: train.method"),
+    ({"train": {"dataset": "absent.jsonl"}}, "  dataset: absent.jsonl", "there is no such file"),
+    ({"train": {"max_new_tokens": 0}}, "  max_new_tokens: 0", "expected: a whole number ≥ 1"),
     # how it takes the common hyper-parameters
     (common(unused=["lora_rnak"]), "  unused:", "did you mean lora_rank?"),
     (common(defaults={"lora_rank": 0}), "    lora_rank: 0", "expected: a whole number ≥ 1"),
@@ -194,6 +199,15 @@ def test_kinds_of_rows_follow_from_the_types_unless_they_are_named(tmp_path: Pat
     assert (method.kinds, method.evaluated_kinds) == (("preference",), ("chat", "preference"))
     method = read_manifest(write_manifest(tmp_path, datasets=["preference"], evaluation=["ranking"]))
     assert method.evaluated_kinds == ("ranking",)
+
+
+def test_rows_of_a_manifest_are_its_own_or_ship(tmp_path: Path) -> None:
+    train = {"dataset": "rows.jsonl", "validation_dataset": "samples/commands_en/validation.jsonl", "name": "x"}
+    (tmp_path / "rows.jsonl").touch()
+    found = read_manifest(write_manifest(tmp_path, train=train)).train_defaults
+    assert found["dataset"] == str(tmp_path / "rows.jsonl")
+    assert Path(found["validation_dataset"]).is_file()
+    assert found["name"] == "x"
 
 
 def test_the_job_holds_what_the_method_takes_and_nothing_else(tmp_path: Path) -> None:
