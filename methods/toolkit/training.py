@@ -85,9 +85,12 @@ def curve_name(name: str) -> str | None:
     return f"reward_{of_reward[1]}" if of_reward else CURVES.get(name)
 
 
-def training_arguments(job: contract.Job, *, has_validation: bool) -> dict[str, Any]:
-    """The arguments of a transformers trainer from the hyper-parameters of the job."""
-    p = job.parameters
+def training_arguments(job: contract.Job, *, has_validation: bool, **others: Any) -> dict[str, Any]:
+    """The arguments of a transformers trainer from the hyper-parameters of the job.
+
+    `others` are those in whose place a method has parameters of its own.
+    """
+    p = {**job.parameters, **others}
     on_gpu = torch.cuda.is_available()
     evaluation = {"eval_strategy": "no"}
     if has_validation:
@@ -294,8 +297,8 @@ class CheckpointKeeper(TrainerCallback):
 class EventWriter(TrainerCallback):
     """Reports curves and progress as events, and one readable line a step to the log."""
 
-    def __init__(self, job: contract.Job) -> None:
-        self.job = job
+    def __init__(self, job: contract.Job, name_of: Callable[[str], str | None] = curve_name) -> None:
+        self.job, self.name_of = job, name_of
         self.trainer: Any = None
         self._last = time.monotonic()
         self._seen = (0, 0)
@@ -310,7 +313,7 @@ class EventWriter(TrainerCallback):
         self.job.progress(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        values = {ours: value for name, value in logs.items() if (ours := curve_name(name)) is not None}
+        values = {ours: value for name, value in logs.items() if (ours := self.name_of(name)) is not None}
         if "loss" in values:
             values |= self._speed(args.device)
         if "loss" in values or "eval_loss" in values:

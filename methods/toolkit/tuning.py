@@ -19,10 +19,11 @@ def load_trained_model(job: contract.Job, load: models.Load = models.load_model,
     `start`: a folder whose weights it is to have instead. A method without the parameter `tuning` trains adapters only.
     """
     p = job.parameters
+    in_4bit = p.get("load_in_4bit", False)  # not every method has it
     dtype = training.weights_dtype(p["dtype"], full=p.get("tuning") == "full")
-    model = load(start or job.inputs["base_model"], dtype, load_in_4bit=p["load_in_4bit"])
+    model = load(start or job.inputs["base_model"], dtype, load_in_4bit=in_4bit)
     model.config.get_text_config().use_cache = False
-    if p["load_in_4bit"]:
+    if in_4bit:
         models.keep_differentiable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=p["gradient_checkpointing"])
     return model

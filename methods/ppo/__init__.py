@@ -1,0 +1,1 @@
+"""Reinforcement learning of chat models with an actor and a critic (PPO)."""

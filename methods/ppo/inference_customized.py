@@ -1,0 +1,18 @@
+"""Answers prompts with a customized model: the base with its adapter on top.
+
+Run as: python inference_customized.py JOB_DIR
+"""
+
+from __future__ import annotations
+
+from methods import contract
+from methods.toolkit import inference_chat
+
+
+def main(job: contract.Job) -> dict[str, object]:
+    """Answer the requests of the job folder; returns where the answers lie."""
+    return inference_chat.answer_customized(job)
+
+
+if __name__ == "__main__":
+    contract.run(main)
