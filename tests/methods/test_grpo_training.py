@@ -423,4 +423,4 @@ def test_every_parameter_of_the_demo_reaches_the_trainer_of_grpo(bench: Bench) -
     ready = demo.build(dtype="float32")
     assert ready.reward_func_names == ["exact", "regex", "length"]
     assert ready.args.reward_weights == [2.0, 0.5, 0.5]
-    assert (ready.args.max_steps, ready.args.per_device_train_batch_size, ready.num_generations) == (40, 32, 8)
+    assert (ready.args.max_steps, ready.args.per_device_train_batch_size, ready.num_generations) == (30, 32, 8)
