@@ -73,7 +73,7 @@ def compare_trains(
     values = [_parameters(record) for record in records]
     names = sorted({name for each in values for name in each} - _NOT_COMPARED)
     columns = {name: [each.get(name) for each in values] for name in names}
-    figures = [{**_figures(record), **(validated or {}).get(record.id, {})} for record in records]
+    figures = [{**record.outcome, **scores_of(record), **(validated or {}).get(record.id, {})} for record in records]
     known = dict.fromkeys(name for each in figures for name in each)
     found = Comparison(
         trains=[record.id for record in records],
@@ -156,9 +156,9 @@ def _packages(file: Path) -> dict[str, str]:
     return {name: version for name, _, version in pairs if version}
 
 
-def _figures(record: TrainRecord) -> dict[str, float]:
-    scores = {f"{which} {name}": value for which, each in record.evaluation.items() for name, value in each.items()}
-    return {**record.outcome, **scores}
+def scores_of(record: TrainRecord) -> dict[str, float]:
+    """Every score of a train by the model it is of, `base` or `tuned`, and its name."""
+    return {f"{which} {name}": value for which, each in record.evaluation.items() for name, value in each.items()}
 
 
 # --- answers -----------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any
 from configs.datasets import IMAGES_FOLDER, KIND_TITLES, DatasetVersion, MixPart
 from configs.errors import UserError
 from configs.settings import load_settings
-from tasks import events
 from tasks.dataset_conversion import Row
 from tasks.dataset_fields import encoded
 from tasks.dataset_rows import body_of
@@ -26,10 +25,11 @@ from tasks.dataset_store import (
     ROWS_FILE,
     building_folder,
     checked_name,
-    flush,
     publish,
+    tell_of,
     told_as_user_error,
     write_records,
+    write_rows,
 )
 from tasks.dataset_tally import About, Tally
 from tasks.datasets import find_dataset
@@ -58,20 +58,15 @@ def mix_datasets(
     parts = _parts(weights, rows, repeat)
     store = load_settings().datasets
     with told_as_user_error(store), building_folder(store) as folder:
-        tally, digest = Tally(), hashlib.sha256()
-        with (folder / ROWS_FILE).open("wb") as file:
-            for row in tally.counted(_mixed(parts, seed)):
-                digest.update(row.stored)
-                file.write(row.stored)
-            flush(file)
+        tally = Tally()
+        digest = write_rows(folder, tally.counted(_mixed(parts, seed)))
         images = _take_images(parts, folder)
         report = tally.report(_about(parts, folder), images)
         mixed = [MixPart(reference=part.version.reference, weight=part.weight, rows=part.rows) for part in parts]
-        write_records(folder, name, digest.hexdigest(), report.file, report, mixed, seed)
-        new = not (store / name / digest.hexdigest()).exists()
-        version = publish(folder, store / name / digest.hexdigest())
+        write_records(folder, name, digest, report.file, report, mixed, seed)
+        version, new = publish(folder, store / name / digest)
     if new:
-        events.emit(events.DATASET_ADDED, "dataset", name, {"version": version.reference, "rows": str(version.rows)})
+        tell_of(version)
     return version
 
 

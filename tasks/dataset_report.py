@@ -5,7 +5,6 @@ Everything that comes from the dataset is escaped: it is text, never markup.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from configs.datasets import (
     Rendered,
     TokenReport,
 )
+from tasks import pages
 from tasks.dataset_overlap import overlap_sentence
 from tasks.files import write_text
 
@@ -113,10 +113,6 @@ def draw_tokens(tokens: TokenReport) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
-
-
-def _data_address(picture: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
 # --- HTML --------------------------------------------------------------------------------------------------
@@ -260,7 +256,7 @@ def _tokens(tokens: TokenReport | None) -> str:
         if found is not None
     ]
     table = _table(("Tokens", "shortest", "mean", "median", "95 %", "longest"), rows, range(1, 6)) if rows else ""
-    picture = f"<img alt='Histogram of the lengths in tokens' src='{_data_address(draw_tokens(tokens))}'>"
+    picture = f"<img alt='Histogram of the lengths in tokens' src='{pages.png_address(draw_tokens(tokens))}'>"
     return f"{picture if tokens.histogram else ''}{table}<p class=note>{_text(tokens_sentence(tokens))}</p>"
 
 
@@ -352,7 +348,7 @@ def _where(problem: Problem) -> str:
 def _markdown_tokens(tokens: TokenReport) -> list[str]:
     parts = ["## Tokens", _plain(tokens_sentence(tokens))]
     if tokens.histogram:
-        parts.append(f"![Histogram of the lengths in tokens]({_data_address(draw_tokens(tokens))})")
+        parts.append(f"![Histogram of the lengths in tokens]({pages.png_address(draw_tokens(tokens))})")
     parts.append("## What training reads")
     for example in tokens.examples:
         told = ", ".join(filter(None, (f"line {example.line:,}", example.label, f"{example.tokens:,} tokens")))
@@ -372,12 +368,9 @@ def _block(text: str) -> str:
 
 
 def _markdown_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
-    plain = [[cell if cell == "---" else _plain(cell) for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in plain)
+    return pages.table([_plain(name) for name in names], [[_plain(cell) for cell in row] for row in rows])
 
 
 def _plain(text: str) -> str:
-    """A text inside of Markdown: its marks, and those of HTML, stand for themselves."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{character}" if character in "\\`*_[]|#!" else character for character in escaped)
+    """A text inside of Markdown, on one line."""
+    return pages.text(" ".join(text.split()))

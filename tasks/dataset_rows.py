@@ -97,7 +97,7 @@ def prompt_of(kind: Kind, body: Body) -> object:
 
 def key(content: object) -> int:
     """The first 8 bytes of the hash of a row, or of its prompt."""
-    return int.from_bytes(hashlib.sha256(encoded(content)).digest()[:8])
+    return key_of_line(encoded(content))
 
 
 def key_of_line(stored: bytes) -> int:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from configs.datasets import DatasetReport, DatasetVersion, MixPart
 from configs.errors import UserError
+from tasks import events
+from tasks.dataset_conversion import Row
 
 ROWS_FILE = "rows.jsonl"
 VERSION_FILE = "version.json"
@@ -68,20 +71,39 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def publish(folder: Path, target: Path) -> DatasetVersion:
-    """Give the finished folder its name; if that version is there already, it stays and is returned."""
+def write_rows(folder: Path, rows: Iterable[Row]) -> str:
+    """Write the stored rows of a version; returns their digest."""
+    digest = hashlib.sha256()
+    with (folder / ROWS_FILE).open("wb") as file:
+        for row in rows:
+            digest.update(row.stored)
+            file.write(row.stored)
+        flush(file)
+    return digest.hexdigest()
+
+
+def publish(folder: Path, target: Path) -> tuple[DatasetVersion, bool]:
+    """Give the finished folder its name, and say whether it is new; a version that is there already stays."""
     for item in folder.rglob("*"):
         item.chmod(0o755 if item.is_dir() else 0o444)
     folder.chmod(0o755)
     target.parent.mkdir(exist_ok=True)
+    new = True
     try:
         folder.rename(target)
     except OSError as error:
+        new = False
         # A folder is never renamed over one that holds files: these rows are stored already.
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
     _sync_folder(target.parent)
-    return load_version(target)
+    return load_version(target), new
+
+
+def tell_of(version: DatasetVersion) -> None:
+    """Tell the Prefect server, if one stands, of a new version."""
+    labels = {"version": version.reference, "rows": str(version.rows)}
+    events.emit(events.DATASET_ADDED, "dataset", version.name, labels)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -24,7 +24,6 @@ from configs.datasets import (
 )
 from configs.errors import UserError
 from configs.settings import load_settings
-from tasks import events
 from tasks.dataset_conversion import Row, convert_rows, read_rows
 from tasks.dataset_images import ImageFolder
 from tasks.dataset_overlap import Against, overlap_sentence
@@ -33,17 +32,17 @@ from tasks.dataset_rows import read_stored
 from tasks.dataset_shapes import RowLayout, choose_layout
 from tasks.dataset_sources import ARCHIVES, DATA_SUFFIXES, Source, open_source
 from tasks.dataset_store import (
-    ROWS_FILE,
     VERSION_FILE,
     building_folder,
     checked_name,
     default_name,
-    flush,
     load_version,
     publish,
     replacing,
+    tell_of,
     told_as_user_error,
     write_records,
+    write_rows,
 )
 from tasks.dataset_tally import About, Tally
 from tasks.dataset_tokens import BaseFolder, RowSample, token_report
@@ -173,20 +172,13 @@ def add_dataset(
         layout = _wanted_layout(source, columns, shape, wanted)
         with told_as_user_error(store), building_folder(store) as folder:
             images, tally = ImageFolder(source.root, folder), Tally()
-            digest = hashlib.sha256()
-            with (folder / ROWS_FILE).open("wb") as file:
-                for row in tally.counted(convert_rows(source, layout, images)):
-                    digest.update(row.stored)
-                    file.write(row.stored)
-                flush(file)
+            digest = write_rows(folder, tally.counted(convert_rows(source, layout, images)))
             report = tally.report(_about(path, source, layout), images.count)
             _require_usable(report, path, allow_refused)
-            write_records(folder, name, digest.hexdigest(), str(path.resolve()), report)
-            new = not (store / name / digest.hexdigest()).exists()
-            version = publish(folder, store / name / digest.hexdigest())
+            write_records(folder, name, digest, str(path.resolve()), report)
+            version, new = publish(folder, store / name / digest)
     if new:
-        labels = {"version": version.reference, "rows": str(version.rows)}
-        events.emit(events.DATASET_ADDED, "dataset", version.name, labels)
+        tell_of(version)
     return version
 
 

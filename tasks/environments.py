@@ -7,7 +7,6 @@ it, does the link `envs/NAME` turn to it. Whatever a killed `create` has left is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from configs.environments import (
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, Settings
 from methods.registry import load_methods
-from tasks.files import last_lines, read_record, write_record, write_text
+from tasks.files import held, last_lines, read_record, write_record, write_text
 
 _CONDAS = ("conda", "mamba", "micromamba")
 # What installs packages is none of the packages asked for, unless a lock names it.
@@ -202,14 +201,11 @@ def create_environment(
 def _alone(name: str, settings: Settings) -> Iterator[Path]:
     """The folder of everything built for a name, for oneself. Raises UserError if somebody else works in it."""
     built = settings.environments / ".built" / name
-    built.mkdir(parents=True, exist_ok=True)
-    with (built / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with held(built) as free:
+        if not free:
             raise UserError(
                 "this environment is being made or removed right now", field="environment", value=name, mend="wait"
-            ) from error
+            )
         yield built
 
 

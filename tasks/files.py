@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +43,19 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(f"this is no {kind.__name__}: {error.errors()[0]['msg']}", file=path) from error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process; False if another one does. The system frees it however this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def last_lines(log: Path, lines: int, offset: int = 0) -> str:

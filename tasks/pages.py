@@ -50,5 +50,9 @@ def text(value: str) -> str:
 
 def picture(file: Path, title: str) -> str:
     """A PNG as a part of the page itself."""
-    data = base64.b64encode(file.read_bytes()).decode("ascii")
-    return f"![{text(title)}](data:image/png;base64,{data})"
+    return f"![{text(title)}]({png_address(file.read_bytes())})"
+
+
+def png_address(picture: bytes) -> str:
+    """A PNG as the address of itself."""
+    return f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"

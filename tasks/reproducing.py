@@ -13,7 +13,7 @@ from configs.records import TrainRecord
 from configs.resolve import ResolvedTrain, resolve_train
 from methods import contract
 from tasks import tracking
-from tasks.comparing import compare_kept
+from tasks.comparing import compare_kept, scores_of
 from tasks.evaluation import Evaluation, read_evaluation
 from tasks.files import write_record
 from tasks.plots import curves_of
@@ -116,8 +116,7 @@ def compare_reproduction(original: TrainRecord, again: TrainRecord) -> Reproduct
 
 def _curves(record: TrainRecord) -> dict[str, dict[int, float]]:
     """The curves that the machine's speed has no part in, by step."""
-    file = train_folder(record.id) / "training" / contract.EVENTS_FILE
-    events = EventTail(file).read() if file.exists() else []
+    events = EventTail(train_folder(record.id) / "training" / contract.EVENTS_FILE).read()
     return {name: dict(points) for name, points in curves_of(events).items() if _of_the_train(name)}
 
 
@@ -145,8 +144,8 @@ def _compare_curves(
 def _figures(original: TrainRecord, again: TrainRecord) -> dict[str, tuple[float | None, float | None]]:
     told = []
     for record in (original, again):
-        scores = {f"{which} {name}": value for which, each in record.evaluation.items() for name, value in each.items()}
-        told.append({**{name: value for name, value in record.outcome.items() if _of_the_train(name)}, **scores})
+        outcome = {name: value for name, value in record.outcome.items() if _of_the_train(name)}
+        told.append({**outcome, **scores_of(record)})
     return {name: (told[0].get(name), told[1].get(name)) for name in dict.fromkeys([*told[0], *told[1]])}
 
 

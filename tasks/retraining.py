@@ -7,7 +7,6 @@ end and is a line of `history.jsonl`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,7 +31,7 @@ from methods.registry import StageName, find_method
 from tasks import deploying, endpoints, events, models, tracking, trains
 from tasks.datasets import add_dataset, find_dataset, resolve_dataset
 from tasks.evaluation import Evaluation, evaluate, keep_evaluation, kept_evaluation
-from tasks.files import read_record, write_record, write_text
+from tasks.files import held, read_record, write_record, write_text
 from tasks.inference import Generation
 from tasks.promotion import compare_rows
 from tasks.scoring import score_rows
@@ -187,15 +186,8 @@ def train_of(model: ModelRecord) -> TrainRecord:
 @contextlib.contextmanager
 def holding(line: str) -> Iterator[bool]:
     """Hold the line for one retraining; False if another process does. The system frees it however this one ends."""
-    folder = line_folder(line)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    with held(line_folder(line)) as free:
+        yield free
 
 
 # --- attempts ----------------------------------------------------------------------------------------------

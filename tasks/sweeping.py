@@ -6,7 +6,6 @@ Each can be repeated: a sweep is known by what it trains, and its trains' own re
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -42,7 +41,7 @@ from methods import contract
 from tasks import models, tracking, trains
 from tasks.checking import DATASETS
 from tasks.evaluation import read_evaluation
-from tasks.files import read_record, write_record, write_text
+from tasks.files import held, read_record, write_record, write_text
 from tasks.gpus import host_slots, wanted_gpus
 from tasks.plots import curves_of
 from tasks.scored_files import compare_row_scores
@@ -236,15 +235,11 @@ def load_sweep(sweep_id: str) -> Sweep:
 @contextlib.contextmanager
 def holding(sweep_id: str) -> Iterator[None]:
     """Hold the sweep for one process. Raises UserError if another one has it; the system frees it however that ends."""
-    folder = sweep_folder(sweep_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with held(sweep_folder(sweep_id)) as free:
+        if not free:
             raise UserError(
                 "this sweep is already running", field="sweep", value=sweep_id, mend="wait for it, or stop it"
-            ) from error
+            )
         yield
 
 
@@ -395,8 +390,7 @@ def lower_is_better(figure: str) -> bool:
 
 def figures_of(record: TrainRecord) -> dict[str, float]:
     """The figures of a train by name: the last points of its curves, its outcome, the scores of its model."""
-    file = trains.train_folder(record.id) / "training" / contract.EVENTS_FILE
-    curves = curves_of(EventTail(file).read()) if file.exists() else {}
+    curves = curves_of(EventTail(trains.train_folder(record.id) / "training" / contract.EVENTS_FILE).read())
     last = {name: points[-1][1] for name, points in curves.items() if points}
     return {**last, **record.outcome, **record.evaluation.get("tuned", {})}
 

@@ -95,7 +95,7 @@ def _evaluation(record: TrainRecord, folder: Path) -> list[str]:
 
 
 def _picture(folder: Path, title: str) -> str:
-    events = EventTail(folder / contract.EVENTS_FILE).read() if (folder / contract.EVENTS_FILE).exists() else []
+    events = EventTail(folder / contract.EVENTS_FILE).read()
     picture = folder / "curves_small.png"
     if not draw_curves(events, picture, title, dpi=_DPI):
         return "There is no curve yet: the training has not taken a step."

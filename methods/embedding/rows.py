@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import BatchSampler
 
 from methods import contract
+from methods.toolkit import row_reports
 from methods.toolkit.training import LengthGroupedOrder
 
 COLUMNS = {
@@ -84,7 +85,7 @@ def prepare_rows(job: contract.Job, model: Any) -> tuple[Any, Any | None]:
         kinds = {split: each.kind for split, each in reports.items()}
         if len(set(kinds.values())) > 1:
             raise contract.Refused(f"the training rows are of the kind {kinds['train']}, those for validation not")
-    _tell(job, reports)
+    row_reports.tell(job, {split: _told(each) for split, each in reports.items()})
     return train, validation
 
 
@@ -129,19 +130,11 @@ def _lengths(model: Any, texts: list[str]) -> list[int]:
     return [len(each) for each in ids]
 
 
-def _tell(job: contract.Job, reports: dict[str, RowReport]) -> None:
-    path = job.folder / "rows.json"
-    contract.write_json(path, {split: asdict(report) for split, report in reports.items()})
-    job.artifact(path)
-    for split, report in reports.items():
-        print(
-            f"{split}: {report.kept} of {report.read} rows ({report.kind}), {report.tokens} tokens, longest text "
-            f"{report.longest}",
-            flush=True,
-        )
-        if report.dropped_over_length or report.truncated:
-            notes = "; ".join(report.notes[:3])
-            job.warning(f"{split}: {report.dropped_over_length} rows left out, {report.truncated} cut ({notes})")
+def _told(report: RowReport) -> row_reports.Told:
+    words = (
+        f"{report.kept} of {report.read} rows ({report.kind}), {report.tokens} tokens, longest text {report.longest}"
+    )
+    return row_reports.Told(asdict(report), words, report.dropped_over_length, report.truncated, report.notes)
 
 
 class Batches(BatchSampler):

@@ -27,19 +27,17 @@ def load_trained(job: contract.Job) -> Any:
     return encoders.load_encoder(trained, FULL)
 
 
-def save_complete(job: contract.Job, wanted: str) -> str:
-    """Write one folder of sentence-transformers without an adapter; returns the dtype of its weights.
+def save_complete(job: contract.Job, dtype: str) -> None:
+    """Write one folder of sentence-transformers without an adapter, its weights in `dtype`.
 
     Never from a base in fewer bits: the sum would be rounded twice.
     """
     model = load_trained(job)
     if job.inputs["adapter"]:
         model[0].model = merged(job, type(model.transformers_model))
-    dtype = own_dtype(job.inputs["base_model"]) if wanted == "auto" else wanted
     model.to(getattr(torch, dtype))
     model.save_pretrained(str(job.output), create_model_card=False)
     shutil.copyfile(Path(job.inputs["trained"]) / probes.PROBES_FILE, job.output / probes.PROBES_FILE)
-    return dtype
 
 
 def merged(job: contract.Job, kind: Any) -> Any:
@@ -48,14 +46,6 @@ def merged(job: contract.Job, kind: Any) -> Any:
 
     plain = kind.from_pretrained(encoders.weights_folder(job.inputs["base_model"]), dtype=torch.float32)
     return PeftModel.from_pretrained(plain, job.inputs["trained"]).merge_and_unload(safe_merge=True)
-
-
-def own_dtype(base: str) -> str:
-    """The dtype that the base model's weights are stored in."""
-    from transformers import AutoConfig
-
-    own = AutoConfig.from_pretrained(encoders.weights_folder(base)).dtype
-    return str(own or torch.float32).removeprefix("torch.")
 
 
 def verify(job: contract.Job, dtype: str) -> merging.Verification:
@@ -84,12 +74,8 @@ def verify(job: contract.Job, dtype: str) -> merging.Verification:
 
 def main(job: contract.Job) -> dict[str, object]:
     """Save from the job folder; returns where the complete model lies and the figures of its proof."""
-    job.phase("merging" if job.inputs["adapter"] else "saving")
-    dtype = save_complete(job, job.parameters["dtype"])
-    job.phase("verifying")
-    verification = verify(job, dtype)
-    print(verification.in_words("vectors"), flush=True)
-    return {"model": str(job.output), "dtype": dtype, "verification": verification.as_dict()}
+    weights = encoders.weights_folder(job.inputs["base_model"])
+    return merging.save_and_prove(job, save_complete, verify, "vectors", weights)
 
 
 if __name__ == "__main__":

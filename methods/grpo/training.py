@@ -166,7 +166,8 @@ def build_trainer(
     trainer.job = job
     trainer.lengths = list(rows["length"])
     events.trainer = go_on.trainer = trainer
-    memory.report_memory(job, trainer.model, longest + limit, p["tuning"], frozen=_frozen(trainer, functions))
+    frozen = reward_model.frozen_parameters(trainer.ref_model, functions)
+    memory.report_memory(job, trainer.model, longest + limit, p["tuning"], frozen=frozen)
     return trainer
 
 
@@ -179,9 +180,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
     job.phase("reading the data")
-    tokenizer, added = chat.load_tokenizer(job.inputs["base_model"])
-    for text in added:
-        job.warning(text)
+    tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)
     job.phase("loading the model")
     functions = reward_model.load_rewards(job)
@@ -222,12 +221,6 @@ def _for_trl(reward: Reward) -> Any:
 
     function.__name__ = reward.name
     return function
-
-
-def _frozen(trainer: Trainer, functions: Sequence[Reward]) -> int:
-    """Parameters that lie in memory beside the trained model's: of the reference and of the reward model."""
-    beside = [trainer.ref_model, *(getattr(reward.function, "model", None) for reward in functions)]
-    return sum(p.numel() for model in beside if model is not None for p in model.parameters())
 
 
 if __name__ == "__main__":

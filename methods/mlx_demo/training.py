@@ -121,9 +121,7 @@ def save(job: contract.Job, reporter: Reporter, tokenizer: Any, outcome: dict[st
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
     job.phase("reading the data")
-    tokenizer, added = chat.load_tokenizer(job.inputs["base_model"])
-    for text in added:
-        job.warning(text)
+    tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)
     job.phase("loading the model")
     model = prepare_model(job)

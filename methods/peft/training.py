@@ -8,19 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
 from methods.peft import adalora, techniques
 from methods.toolkit import chat, chat_rows, memory, probing, saving_chat, tokenizing, training, tuning, unused
-
-TRAINED_FILE = "trained.safetensors"
-"""In a checkpoint: every trained weight. The library's own files lack the encoder that makes a prompt, and ranks that
-AdaLoRA has only masked so far."""
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -39,17 +33,14 @@ class Trainer(training.Repeatable, SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.model.train()
         folder = self.job.checkpoints / f"checkpoint-{self.state.global_step}"
-        trained = {name: p.detach().contiguous() for name, p in _trained(self.model)}
-        save_file(trained, folder / TRAINED_FILE)
+        # The library's own files lack the encoder that makes a prompt, and ranks that AdaLoRA has only masked so far.
+        training.save_trained_weights(self.model, folder)
         if self.job.parameters["technique"] == "adalora":
             adalora.save_ranks(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        saved = load_file(folder / TRAINED_FILE)
-        with torch.no_grad():
-            for name, parameter in _trained(self.model):
-                parameter.copy_(saved[name])
+        training.load_trained_weights(self.model, folder)
         if self.job.parameters["technique"] == "adalora":
             adalora.load_ranks(self.model, folder)
 
@@ -119,9 +110,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
     job.phase("reading the data")
-    tokenizer, added = chat.load_tokenizer(job.inputs["base_model"])
-    for text in added:
-        job.warning(text)
+    tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)
     job.phase("loading the model")
     model = prepare_model(job, tokenizer)
@@ -130,10 +119,6 @@ def main(job: contract.Job) -> dict[str, object]:
     outcome = training.run_training(trainer, job)
     job.phase("saving")
     return save(job, trainer, tokenizer, outcome)
-
-
-def _trained(model: Any) -> list[tuple[str, Any]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _refuse_too_long(job: contract.Job, model: Any, longest: int) -> None:

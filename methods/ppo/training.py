@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
 from transformers import (
     GenerationConfig,
     TrainerCallback,
@@ -32,10 +31,9 @@ from methods.toolkit import chat, memory, models, probing, prompt_rows, reward_m
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
-TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "trainer_state.json"
-"""What a checkpoint holds: the trained weights of actor and critic, the optimizer and schedule, steps and curves."""
+"""What a checkpoint holds beside the trained weights of actor and critic: optimizer and schedule, steps and curves."""
 
 
 class Trainer(training.Scheduled, PPOTrainer):
@@ -113,23 +111,16 @@ class Trainer(training.Scheduled, PPOTrainer):
             trained = [parameter for group in groups for parameter in group if parameter.grad is not None]
             self.grad_norms[part].append(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        model = self.accelerator.unwrap_model(self.model)
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self.job.checkpoints / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED_FILE)
+        training.save_trained_weights(self.accelerator.unwrap_model(self.model), folder)
         state = {"optimizer": self.optimizer.state_dict(), "schedule": self.lr_scheduler.state_dict()}
         torch.save(state, folder / OPTIMIZER_FILE)
         self.state.save_to_json(str(folder / STATE_FILE))
 
     def _load(self, folder: Path) -> None:
-        saved = load_file(folder / TRAINED_FILE)
-        with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(saved[name])
+        training.load_trained_weights(self.accelerator.unwrap_model(self.model), folder)
         state = torch.load(folder / OPTIMIZER_FILE, map_location=self.accelerator.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["schedule"])
@@ -254,7 +245,8 @@ def build_trainer(
             peft_config=lora,
         )
     go_on.trainer = events.trainer = trainer
-    memory.report_memory(job, trainer.model, longest + limit, p["tuning"], frozen=_frozen(trainer, functions))
+    frozen = reward_model.frozen_parameters(trainer.ref_model, functions)
+    memory.report_memory(job, trainer.model, longest + limit, p["tuning"], frozen=frozen)
     return trainer
 
 
@@ -274,9 +266,7 @@ def save(
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
     job.phase("reading the data")
-    tokenizer, added = chat.load_tokenizer(job.inputs["base_model"])
-    for text in added:
-        job.warning(text)
+    tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)
     job.phase("loading the model")
     functions = reward_model.load_rewards(job)
@@ -287,12 +277,6 @@ def main(job: contract.Job) -> dict[str, object]:
     outcome = training.run_training(trainer, job)
     job.phase("saving")
     return save(job, trainer, tokenizer, generation, outcome)
-
-
-def _frozen(trainer: Trainer, functions: Sequence[Reward]) -> int:
-    """Parameters that lie in memory beside actor and critic: of the reference and of the reward model."""
-    beside = [trainer.ref_model, *(getattr(reward.function, "model", None) for reward in functions)]
-    return sum(p.numel() for model in beside if model is not None for p in model.parameters())
 
 
 if __name__ == "__main__":

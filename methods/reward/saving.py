@@ -52,13 +52,7 @@ def verify(job: contract.Job, dtype: str) -> merging.Verification:
 
 def main(job: contract.Job) -> dict[str, object]:
     """Save from the job folder; returns where the complete model lies and the figures of its proof."""
-    dtype = merging.saving_dtype(job.inputs["base_model"], job.parameters["dtype"])
-    job.phase("merging" if job.inputs["adapter"] else "saving")
-    save_complete(job, dtype)
-    job.phase("verifying")
-    verification = verify(job, dtype)
-    print(verification.in_words("scores"), flush=True)
-    return {"model": str(job.output), "dtype": dtype, "verification": verification.as_dict()}
+    return merging.save_and_prove(job, save_complete, verify, "scores")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from methods.contract import Refused
+from methods.contract import Job, Refused
 
 IGNORED = -100
 
@@ -59,6 +59,14 @@ def load_tokenizer(path: str) -> tuple[Any, list[str]]:
         tokenizer.chat_template = PLAIN_TEMPLATE
         added.append("the model has no chat template: Tuneline's plain one is used and saved with the model")
     return tokenizer, added
+
+
+def training_tokenizer(job: Job) -> Any:
+    """The tokenizer of the job's base model; warns of each thing that had to be added to it. Raises Refused."""
+    tokenizer, added = load_tokenizer(job.inputs["base_model"])
+    for text in added:
+        job.warning(text)
+    return tokenizer
 
 
 def render_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import tokenizing
+from methods.toolkit import row_reports, tokenizing
 
 Tokenise = Callable[[Any, Path, tokenizing.Limits, int], tuple[Any, tokenizing.RowReport]]
 
@@ -31,16 +31,9 @@ def prepare_rows(
     if job.inputs.get("validation_rows"):
         path = Path(job.inputs["validation_rows"])
         validation, reports["validation"] = (tokenise_validation or tokenise)(tokenizer, path, limits, -1)
-    _report(job, reports)
+    row_reports.tell(job, {split: _told(each) for split, each in reports.items()})
     return rows, validation
 
 
-def _report(job: contract.Job, reports: dict[str, tokenizing.RowReport]) -> None:
-    path = job.folder / "rows.json"
-    contract.write_json(path, {split: report.as_dict() for split, report in reports.items()})
-    job.artifact(path)
-    for split, report in reports.items():
-        print(f"{split}: {report.in_words()}", flush=True)
-        if report.lost or report.truncated:
-            notes = "; ".join(report.notes[:3])
-            job.warning(f"{split}: {report.lost} rows left out, {report.truncated} cut ({notes})")
+def _told(report: tokenizing.RowReport) -> row_reports.Told:
+    return row_reports.Told(report.as_dict(), report.in_words(), report.lost, report.truncated, report.notes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from methods import contract
 from methods.contract import Refused
 from methods.toolkit import models, probing
 
@@ -42,6 +43,27 @@ class Verification:
             f"{outputs}: merged to trained {self.merged_to_reference:.3g} (allowed {self.tolerance:.3g}), "
             f"merged to base {self.merged_to_base:.3g}"
         )
+
+
+def save_and_prove(
+    job: contract.Job,
+    save: Callable[[contract.Job, str], None],
+    prove: Callable[[contract.Job, str], Verification],
+    outputs: str,
+    base: str | None = None,
+) -> dict[str, object]:
+    """Save the complete model of a train and prove it; returns the result of a saving stage. Raises Refused.
+
+    `save` writes it and `prove` compares it, each in the dtype it is given; `outputs` says by what. `base` is the
+    folder of the base model's weights, where that is not the base model's own.
+    """
+    dtype = saving_dtype(base or job.inputs["base_model"], job.parameters["dtype"])
+    job.phase("merging" if job.inputs["adapter"] else "saving")
+    save(job, dtype)
+    job.phase("verifying")
+    verification = prove(job, dtype)
+    print(verification.in_words(outputs), flush=True)
+    return {"model": str(job.output), "dtype": dtype, "verification": verification.as_dict()}
 
 
 def saving_dtype(base: str, wanted: str) -> str:

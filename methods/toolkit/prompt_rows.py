@@ -7,7 +7,7 @@ from typing import Any
 
 from methods import contract
 from methods.contract import Refused
-from methods.toolkit import tokenizing
+from methods.toolkit import row_reports, tokenizing
 from methods.toolkit.chat import Message, render_prompt
 from methods.toolkit.tokenizing import RowReport, note
 
@@ -24,7 +24,7 @@ def prepare_prompts(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]
     validation = None
     if job.inputs.get("validation_rows"):
         validation, reports["validation"] = _read(job, tokenizer, Path(job.inputs["validation_rows"]), -1)
-    _report(job, reports)
+    row_reports.tell(job, {split: _told(each) for split, each in reports.items()})
     return train, validation
 
 
@@ -107,19 +107,9 @@ def _fitted(
     return None
 
 
-def _report(job: contract.Job, reports: dict[str, RowReport]) -> None:
-    path = job.folder / "rows.json"
+def _told(report: RowReport) -> row_reports.Told:
     # No token of a prompt is trained: the counts of trained ones would say nothing.
     untold = ("supervised_tokens", "without_supervised_token", "supervised_share")
-    told = {
-        split: {name: value for name, value in report.as_dict().items() if name not in untold}
-        for split, report in reports.items()
-    }
-    contract.write_json(path, told)
-    job.artifact(path)
-    for split, report in reports.items():
-        counts = f"{report.kept} of {report.read} prompts, {report.tokens} tokens, longest {report.longest}"
-        print(f"{split}: {counts}", flush=True)
-        if report.lost or report.truncated:
-            notes = "; ".join(report.notes[:3])
-            job.warning(f"{split}: {report.lost} rows left out, {report.truncated} cut ({notes})")
+    counts = {name: value for name, value in report.as_dict().items() if name not in untold}
+    words = f"{report.kept} of {report.read} prompts, {report.tokens} tokens, longest {report.longest}"
+    return row_reports.Told(counts, words, report.lost, report.truncated, report.notes)

@@ -20,6 +20,12 @@ def load_rewards(job: contract.Job) -> list[Reward]:
     return rewards.choose_rewards(p["rewards"], of_file, of_model)
 
 
+def frozen_parameters(reference: Any | None, functions: Sequence[Reward]) -> int:
+    """Parameters that lie in memory beside what is trained: of the reference model and of the reward model."""
+    beside = [reference, *(getattr(reward.function, "model", None) for reward in functions)]
+    return sum(p.numel() for model in beside if model is not None for p in model.parameters())
+
+
 class RewardModel:
     """A trained reward model as a reward function: the score of an answer after its prompt.
 

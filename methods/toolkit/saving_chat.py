@@ -49,13 +49,7 @@ def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[st
 
 def save_and_verify(job: contract.Job) -> dict[str, object]:
     """Save the complete model of a train and prove it; returns the result of a saving stage. Raises Refused."""
-    dtype = merging.saving_dtype(job.inputs["base_model"], job.parameters["dtype"])
-    job.phase("merging" if job.inputs["adapter"] else "saving")
-    save_complete(job, dtype)
-    job.phase("verifying")
-    verification = verify(job, dtype)
-    print(verification.in_words("logits"), flush=True)
-    return {"model": str(job.output), "dtype": dtype, "verification": verification.as_dict()}
+    return merging.save_and_prove(job, save_complete, verify, "logits")
 
 
 def save_complete(job: contract.Job, dtype: str) -> None:

@@ -8,9 +8,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
@@ -260,6 +262,27 @@ def keep_above_floor(scheduler: LambdaLR, ratio: float) -> None:
         group["lr"] = base * factor(0)
     # Set by the constructor from the schedule before it was raised; the first point of the curve is read from it.
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+TRAINED_FILE = "trained.safetensors"
+"""In a checkpoint: every trained weight, where the library's own files do not hold them all."""
+
+
+def save_trained_weights(model: Any, folder: Path) -> None:
+    """Write every weight that is trained into a checkpoint's folder."""
+    save_file({name: weight.detach().contiguous() for name, weight in _trained(model)}, folder / TRAINED_FILE)
+
+
+def load_trained_weights(model: Any, folder: Path) -> None:
+    """Take up what `save_trained_weights` has written."""
+    saved = load_file(folder / TRAINED_FILE)
+    with torch.no_grad():
+        for name, weight in _trained(model):
+            weight.copy_(saved[name])
+
+
+def _trained(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 class CheckpointKeeper(TrainerCallback):

@@ -49,17 +49,7 @@ def verify(job: contract.Job, dtype: str) -> merging.Verification:
 
 def main(job: contract.Job) -> dict[str, object]:
     """Save from the job folder; returns where the complete model lies and the figures of its proof."""
-    dtype = merging.saving_dtype(job.inputs["base_model"], job.parameters["dtype"])
-    job.phase("merging" if job.inputs["adapter"] else "saving")
-    save_complete(job, dtype)
-    job.phase("verifying")
-    verification = verify(job, dtype)
-    print(
-        f"logits: merged to trained {verification.merged_to_reference:.3g} (allowed {verification.tolerance:.3g}), "
-        f"merged to base {verification.merged_to_base:.3g}",
-        flush=True,
-    )
-    return {"model": str(job.output), "dtype": dtype, "verification": verification.as_dict()}
+    return merging.save_and_prove(job, save_complete, verify, "logits")
 
 
 if __name__ == "__main__":
