@@ -56,7 +56,7 @@ test-lifecycle: setup
 
 # Each in the environment that its method names, which `tuneline envs create` makes of the method's own file.
 test-methods: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m methods
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m methods -n 2 --dist loadfile
 
 # llama.cpp is compiled once, into the cache of the user; its server then really serves.
 test-targets: setup

@@ -1,37 +1,29 @@
-"""`tuneline methods check --all`: every built-in method through every stage it declares, in the environments it names.
-
-The environments are made from the methods' own files, below TUNELINE_CHECK_HOME (by default in the user's cache), where
-they stay: some take gigabytes.
-"""
+"""`tuneline methods check --all`: every built-in method through every stage it declares, in its environments."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from configs.settings import PROJECT_ROOT, load_settings
+from configs.settings import PROJECT_ROOT
 from methods.registry import METHODS_FOLDER, find_method, read_manifest
-from tasks.environments import create_environment, files_of
 from tasks.method_checks import CheckResult, check_method
+from tests.method_environments import HOME, create_environments
 
 BUILT_IN = [read_manifest(path).name for path in sorted(METHODS_FOLDER.glob("*/method.yaml"))]
-_HOME = Path(os.environ.get("TUNELINE_CHECK_HOME", "~/.cache/tuneline/check-home")).expanduser()
 
 
 @pytest.mark.methods
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_method_passes_its_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TUNELINE_HOME", str(_HOME))
+    monkeypatch.setenv("TUNELINE_HOME", str(HOME))
     method = find_method(name)
-    for file in files_of(method.folder):
-        create_environment(file, load_settings())
+    create_environments(method.folder)
 
     def tell(result: CheckResult) -> None:
         print(f"{result.method}  {result.check}  {result.ok}  {result.seconds} s  {result.detail}", flush=True)
