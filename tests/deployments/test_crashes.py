@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.operations
 
 STEPS = 60
 SERVICES: tuple[ServiceName, ...] = ("prefect", "mlflow", "worker")
+DATABASES = ("TUNELINE_PREFECT_DATABASE", "TUNELINE_MLFLOW_DATABASE")
 ENDED = ("Completed", "Failed", "Crashed", "Cancelled", "NotResumed")
 
 
@@ -302,7 +304,8 @@ def test_after_a_reboot_everything_stands_again_and_what_was_interrupted_is_told
 
     settings = server.settings
     ports = {"TUNELINE_PREFECT_PORT": str(settings.prefect_port), "TUNELINE_MLFLOW_PORT": str(settings.mlflow_port)}
-    told = printed(tuneline("up", home=settings.root, cwd=server.root, extra=ports))
+    databases = {name: value for name, value in os.environ.items() if name in DATABASES}
+    told = printed(tuneline("up", home=settings.root, cwd=server.root, extra=ports | databases))
 
     assert {item.state for item in services.status(server.settings)} == {"running"}
     record = server.record("rebooted")

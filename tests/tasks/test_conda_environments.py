@@ -78,6 +78,7 @@ def test_a_real_conda_makes_what_the_file_asks_for_and_the_lock_repeats_it(
 ) -> None:
     monkeypatch.setenv("TUNELINE_CONDA", str(real_conda()))
     monkeypatch.setenv("CONDA_ADD_PIP_AS_PYTHON_DEPENDENCY", "false")  # conda's pip is not in this channel
+    monkeypatch.setenv("CONDA_PKGS_DIRS", str(tmp_path / "packages"))  # what is kept links into this test's own folder
     settings = load_settings()
     path = tmp_path / "environment.yml"
     content: dict[str, Any] = {
