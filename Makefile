@@ -18,7 +18,7 @@ help:
 	@echo "make test-e2e  a real browser on the pages: form, progress, copy, compare, cancel; pictures in build/e2e"
 	@echo "make test-operations  workers, conda environments, GPU slots: what dies, what is left, what goes on"
 	@echo "make test-postgres  the tests of servers and flows on PostgreSQL, which it installs where it is missing"
-	@echo "make bench   how fast a dataset is checked, and in how much memory; minutes (MEGABYTES=300 a format)"
+	@echo "make bench   speed and memory of checking datasets (MEGABYTES=300 a format), speed of evaluation; half an hour"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove $(VENV) and all caches"
@@ -74,6 +74,7 @@ test-postgres: setup
 # Fails where a figure is below what is asked.
 bench: setup
 	$(BIN)/python -m tests.bench.bench_datasets $(MEGABYTES)
+	$(BIN)/python -m tests.bench.bench_answers
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
