@@ -95,5 +95,14 @@ def _show_outcome(outcome: SweepOutcome) -> None:
     print(f"\n{outcome.model} is {outcome.line}@challenger now")
     if outcome.champion is not None:
         print(f"the champion is {outcome.champion}; `tuneline models champion {outcome.model}` makes this one it")
-    if outcome.page is not None:
-        print(f"In MLflow, with the curves: {outcome.page}")
+    _show_comparison(outcome)
+
+
+def _show_comparison(outcome: SweepOutcome) -> None:
+    """What `tuneline trains compare` prints of the trains that have a place, each against the best one."""
+    from tasks import sweeping
+
+    found = sweeping.compare(outcome)
+    if found is not None:
+        print()
+        cli_trains.show_comparison(*found, sweeping.sweep_folder(outcome.sweep) / sweeping.COMPARISON_FILE)

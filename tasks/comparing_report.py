@@ -18,6 +18,11 @@ _DPI = 90
 
 def as_page(found: Comparison, records: Sequence[TrainRecord], mlflow: str | None = None) -> str:
     """The whole page as HTML that needs nothing beside it; `mlflow` is the address of MLflow's page of the same."""
+    return pages.as_html(as_markdown(found, records, mlflow), "Trains side by side")
+
+
+def as_markdown(found: Comparison, records: Sequence[TrainRecord], mlflow: str | None = None) -> str:
+    """The same page as Markdown, which Prefect draws."""
     parts = [
         f"# {' · '.join(pages.text(train) for train in found.trains)}",
         *(pages.text(line) for line in found.verdict.splitlines()),
@@ -34,7 +39,7 @@ def as_page(found: Comparison, records: Sequence[TrainRecord], mlflow: str | Non
         *_samples(found),
         _shared(found),
     ]
-    return pages.as_html("\n\n".join(part for part in parts if part) + "\n", "Trains side by side")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(found: Comparison, rows: Iterable[tuple[str, Sequence[Any]]]) -> str:

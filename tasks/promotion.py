@@ -67,6 +67,6 @@ def _reason(found: PairedComparison, margin: float, enough: bool, certain: bool)
     left_out = f"; {found.trained_rows} rows left out, they were trained on" if found.trained_rows else ""
     return (
         f"{verdict}: {found.metric} {found.challenger_mean:.2f} % against {found.champion_mean:.2f} % on {found.rows} "
-        f"rows, {found.difference:+.2f} points, {found.confidence:.4g} interval "
+        f"rows, {found.difference:+.2f} points, {100 * found.confidence:g} % interval "
         f"[{found.low:+.2f}, {found.high:+.2f}]{few}{left_out}"
     )

@@ -9,8 +9,9 @@ from prefect.logging import get_run_logger
 from configs.records import QueueName, TrainRecord
 from configs.sweeps import Sweep, SweepMember, SweepOutcome, told
 from deployments.guard import guard_embedded_server
-from tasks import lifecycle, sweeping, trains
+from tasks import comparing_report, lifecycle, sweeping, tracking, trains
 from tasks.deploying import endpoint_name
+from tasks.files import write_text
 from tasks.progress import TerminalLine
 
 
@@ -46,6 +47,7 @@ def conclude(sweep: Sweep) -> SweepOutcome:
     outcome = sweeping.conclude(sweep)
     get_run_logger().info("%s: %s", outcome.best, outcome.verdict)
     _show(outcome)
+    _compare(outcome)
     return outcome
 
 
@@ -53,6 +55,29 @@ def _tell(text: str) -> None:
     get_run_logger().info("%s", text)
     if TerminalLine.on:  # its terminal does not show the log
         print(text, flush=True)
+
+
+def _compare(outcome: SweepOutcome) -> None:
+    """Keep the page of the trains side by side, show it on the flow run's page, and tell MLflow the verdicts."""
+    from prefect.artifacts import create_markdown_artifact
+
+    found = sweeping.compare(outcome)
+    if found is None:
+        return
+    comparison, records = found
+    page = sweeping.sweep_folder(outcome.sweep) / sweeping.COMPARISON_FILE
+    write_text(page, comparing_report.as_page(comparison, records, outcome.page))
+    tracking.log_verdicts(
+        {record.run_id: comparison.verdicts[record.id] for record in records if record.id in comparison.verdicts}
+    )
+    try:
+        create_markdown_artifact(
+            comparing_report.as_markdown(comparison, records, outcome.page),
+            key=f"sweep-{endpoint_name(outcome.line)}-comparison",
+            description=f"the trains of sweep {outcome.sweep} side by side",
+        )
+    except Exception as error:  # the Prefect server is away: the page is kept all the same
+        get_run_logger().warning("comparison not shown: %s", error)
 
 
 def _show(outcome: SweepOutcome) -> None:

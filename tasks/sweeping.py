@@ -21,7 +21,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.records import QueueName, TrainRecord
 from configs.resolve import ResolvedTrain, resolve_train
-from configs.scoring import DEFAULT_CONFIDENCE, LOWER_IS_BETTER
+from configs.scoring import DEFAULT_CONFIDENCE, LOWER_IS_BETTER, RULE_METRICS
 from configs.settings import PROJECT_ROOT, load_settings
 from configs.sweeps import (
     MOST_TRAINS,
@@ -40,6 +40,7 @@ from configs.train import TrainConfig, effective_through
 from methods import contract
 from tasks import models, tracking, trains
 from tasks.checking import DATASETS
+from tasks.comparing import Comparison, compare_kept
 from tasks.evaluation import read_evaluation
 from tasks.files import held, read_record, write_record, write_text
 from tasks.gpus import host_slots, wanted_gpus
@@ -49,6 +50,7 @@ from tasks.stages import EventTail
 
 SWEEP_FILE = "sweep.json"
 OUTCOME_FILE = "outcome.json"
+COMPARISON_FILE = "comparison.html"
 VALIDATION_LOSS = "eval_loss"
 _SCORE_OF_ANSWERS = "f1"
 _POLL_SECONDS = 0.5
@@ -383,6 +385,17 @@ def conclude(sweep: Sweep) -> SweepOutcome:
     return outcome
 
 
+def compare(outcome: SweepOutcome) -> tuple[Comparison, list[TrainRecord]] | None:
+    """The trains that have a place, each against the best one, and their records; None if only one has.
+
+    Models are compared by the sweep's figure if answers are scored by it row by row, else by F1.
+    """
+    records = [trains.load_train(str(each.train)) for each in outcome.standings if each.figure is not None]
+    if len(records) < 2:
+        return None
+    return compare_kept(records, outcome.by if outcome.by in RULE_METRICS else _SCORE_OF_ANSWERS), records
+
+
 def lower_is_better(figure: str) -> bool:
     """Whether less of a figure is better: losses, distances, and what scoring says so of."""
     return figure in LOWER_IS_BETTER or figure.endswith(("loss", "distance", "kl"))
@@ -455,4 +468,5 @@ def _verdict(ranked: Sequence[Standing], records: Sequence[TrainRecord], by: str
         return told_second
     low, high = each.interval
     sure = "the two are not told apart" if each.verdict == "not told apart" else f"the first is {each.verdict}"
-    return f"{told_second}; {sure} on {each.rows} rows, {each.confidence:.4g} interval [{low:+.2f}, {high:+.2f}]"
+    interval = f"{100 * each.confidence:g} % interval [{low:+.2f}, {high:+.2f}]"
+    return f"{told_second}; {sure} on {each.rows} rows, {interval}"

@@ -71,8 +71,19 @@ def test_three_rates_killed_half_way_are_taken_up_and_the_best_is_the_challenger
     assert losses[1] == max(losses.values())  # a rate this low learns nothing
     assert models.alias_holder("rates", "challenger") == best.model
     assert f"{best.model} is rates@challenger now" in text
-    lines = [line.split()[0] for line in text.split("The best first")[1].splitlines() if line.startswith("rates_")]
-    assert lines == [after[number].id for number in sorted(losses, key=lambda number: losses[number])]
+    ranking, compared = text.split("The best first")[1].split("Parameters that differ")
+    lines = [line.split()[0] for line in ranking.splitlines() if line.startswith("rates_")]
+    by_loss = sorted(losses, key=lambda number: losses[number])
+    assert lines == [after[number].id for number in by_loss]
+    # It ends in the comparison of the trains, in the terminal and on a page of its own.
+    assert [line.split() for line in compared.splitlines() if line.startswith("learning_rate")] == [
+        ["learning_rate", *(str(after[number].config.hyperparameters.learning_rate) for number in by_loss)]
+    ]
+    page = sweeping.sweep_folder(sweep.id) / sweeping.COMPARISON_FILE
+    assert f"With the curves: {page}" in text
+    html = page.read_text(encoding="utf-8")
+    assert all(record.id in html for record in after.values())
+    assert "data:image/png" in html
     # What is done is not done again, and another figure ranks anew.
     again = read_json(tuneline("sweep", file, "--by", "loss", "--json", home=Settings().root, cwd=root))
     assert again["by"] == "loss"

@@ -61,7 +61,7 @@ def test_a_better_challenger_is_promoted_and_a_worse_one_refused() -> None:
     assert (found.better, found.worse, found.ties) == (60, 20, 20)
     assert found.promoted
     assert found.low > 0
-    assert "80.00 % against 40.00 % on 100 rows, +40.00 points, 0.95 interval [" in found.reason
+    assert "80.00 % against 40.00 % on 100 rows, +40.00 points, 95 % interval [" in found.reason
     worse = decide([*new], [*old])
     assert not worse.promoted
     assert worse.reason.startswith("not better by the margin of 1 points")
