@@ -251,18 +251,26 @@ def _interpreter(file: EnvironmentFile) -> str:
     own = "{}.{}.{}".format(*sys.version_info)
     if own in file.python:
         return sys.executable
-    for minor in range(sys.version_info.minor + 5, 7, -1):
-        other = shutil.which(f"python3.{minor}")
-        if other is not None and _version(other) in file.python:
+    for other in _other_interpreters():
+        if _version(other) in file.python:
             return other
     raise UserError(
         "no Python of this host has a version that the environment allows",
         file=file.path,
         field="dependencies",
         value=f"python{file.python}",
-        expected=f"python {own}, which is what there is, or another one on the PATH",
+        expected=f"python {own}, which is what there is, or another one on the PATH or of pyenv",
         mend="install that Python, or name a conda with --conda",
     )
+
+
+def _other_interpreters() -> Iterator[str]:
+    """Interpreters of this host, newest first: on the PATH, and of pyenv, whose shims run the chosen version only."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
+    for minor in range(sys.version_info.minor + 5, 7, -1):
+        if on_path := shutil.which(f"python3.{minor}"):
+            yield on_path
+        yield from map(str, sorted(pyenv.glob(f"3.{minor}.*/bin/python"), reverse=True))
 
 
 def _version(python: str) -> str:

@@ -197,6 +197,24 @@ def test_a_file_that_cannot_be_made_is_refused_by_what_is_wrong(
     assert environments.list_environments(settings) == []
 
 
+def test_a_python_that_only_pyenv_has_is_found_although_its_shim_runs_another_one(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minor = sys.version_info.minor + 1
+    shims, root = tmp_path / "shims", tmp_path / "pyenv"
+    for program, version in ((shims / f"python3.{minor}", None), (root / f"versions/3.{minor}.7/bin/python", "7")):
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/sh\n{f'echo 3.{minor}.{version}' if version else 'exit 127'}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(shims))
+    monkeypatch.setenv("PYENV_ROOT", str(root))
+    file = write_method(tmp_path / "method", dependencies=[f"python=3.{minor}"])
+    assert environments._interpreter(file) == str(root / f"versions/3.{minor}.7/bin/python")
+    (root / f"versions/3.{minor}.7/bin/python").unlink()
+    with pytest.raises(UserError, match="no Python of this host"):
+        environments._interpreter(file)
+
+
 def test_a_lock_keeps_the_versions_of_other_platforms(tmp_path: Path) -> None:
     path = tmp_path / "environment.lock.txt"
     other = 'six==1.15.0 ; sys_platform == "amiga" and platform_machine == "m68k"'
