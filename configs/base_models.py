@@ -27,6 +27,8 @@ from configs.validation_errors import Place, one_error, problems_of
 ModelType = Literal["chat", "embedding", "vision-language", "image-generation"]
 SHIPPED = Path(__file__).resolve().parent / "base_models.yaml"
 
+MODEL_FILES = ("config.json", "model_index.json")
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PACKAGE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _VERSION = r"^[0-9][A-Za-z0-9.+!_-]*$"
@@ -124,7 +126,7 @@ def load_base_models(settings: Settings) -> dict[str, BaseModelEntry]:
 def add_base_model(entry: BaseModelEntry, settings: Settings) -> BaseModelEntry:
     """Register a base model for this installation and return the entry as stored (its path absolute).
 
-    Raises UserError if the name is taken, or if a path is no folder with a `config.json`.
+    Raises UserError if the name is taken, or if a path is no folder of a model.
     """
     if entry.path is not None:
         entry = entry.model_copy(update={"path": _model_folder(entry.path)})
@@ -184,14 +186,19 @@ def _model_folder(path: Path) -> Path:
     folder = path.expanduser().resolve()
     if not folder.is_dir():
         raise UserError("there is no such folder", field="path", value=str(path), expected="a model folder")
-    if not (folder / "config.json").is_file():
+    if not holds_model(folder):
         raise UserError(
             "the folder holds no config.json, so it is no model",
             field="path",
             value=str(path),
-            expected="a folder with config.json, the weights and the tokenizer",
+            expected="a folder with config.json, the weights and the tokenizer; for images one with model_index.json",
         )
     return folder
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether the folder is a model, or a pipeline of several as those that make images."""
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def _read(file: Path) -> dict[str, BaseModelEntry]:

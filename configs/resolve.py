@@ -27,6 +27,7 @@ from configs.aliases import (
     spelling_key,
     spelling_table,
 )
+from configs.base_models import holds_model
 from configs.errors import UserError
 from configs.method_values import OWN, filled, own_name, own_schema, problems_of_method
 from configs.profiles import Profile, RecordedProfile, find_profile
@@ -655,7 +656,7 @@ def _existing(text: str, folders: Sequence[Path], is_model: bool) -> Path | None
         written = Path(text).expanduser()
         for folder in folders:
             path = Path(os.path.abspath(folder / written))  # noqa: PTH100 - resolve() would follow links
-            if (path / "config.json").is_file() if is_model else path.is_file():
+            if holds_model(path) if is_model else path.is_file():
                 return path
     except (OSError, RuntimeError, ValueError):
         # Too long a name, a NUL, no home for `~user`: not a path on this machine, so a name.

@@ -96,8 +96,9 @@ def register_base_model(entry: BaseModelEntry, settings: Settings) -> BaseModelE
 
 
 def require_safetensors(folder: Path) -> Path:
-    """The folder of a model itself. Raises UserError if it holds no safetensors weights."""
-    if not any(folder.glob("*.safetensors")):
+    """The folder of a model itself. Raises UserError if it, or a part of a pipeline, holds no safetensors weights."""
+    weights = "*/*.safetensors" if (folder / "model_index.json").is_file() else "*.safetensors"
+    if not any(folder.glob(weights)):
         raise UserError(
             "the base model has no safetensors weights",
             file=folder,

@@ -46,6 +46,16 @@ def test_added_model_is_found_again_with_an_absolute_path(settings: Settings, tm
     assert [path.name for path in settings.base_models.iterdir() if path.suffix != ".lock"] == ["base_models.yaml"]
 
 
+def test_a_pipeline_that_makes_images_is_a_model_too(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    stored = add_base_model(
+        BaseModelEntry(name="painter", title="t", type="image-generation", path=Path("pipeline")), settings
+    )
+    assert stored.path == tmp_path / "pipeline"
+    assert find_base_model("./pipeline", settings).path == tmp_path / "pipeline"
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "mine"])
 def test_taken_name_is_refused_and_nothing_changes(settings: Settings, name: str) -> None:
     add_base_model(BaseModelEntry(name="mine", title="t", hub="a/b"), settings)

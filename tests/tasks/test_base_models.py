@@ -30,6 +30,17 @@ def test_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
         fetch_base_model(entry, Settings(home=tmp_path))
 
 
+def test_the_weights_of_a_pipeline_lie_in_its_parts(tmp_path: Path) -> None:
+    part = tmp_path / "painter" / "unet"
+    part.mkdir(parents=True)
+    (part / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    entry = BaseModelEntry(name="painter", title="painter", type="image-generation", path=part.parent)
+    with pytest.raises(UserError, match="no safetensors weights"):  # a folder of models is none
+        fetch_base_model(entry, Settings(home=tmp_path))
+    (part.parent / "model_index.json").write_text("{}")
+    assert fetch_base_model(entry, Settings(home=tmp_path)) == part.parent
+
+
 def test_entry_with_a_template_gives_a_view_that_renders_by_it(tmp_path: Path, tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 
