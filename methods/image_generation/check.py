@@ -1,4 +1,4 @@
-"""Makes what a check of this method needs: a tiny SDXL pipeline that paints noise, and rows of the sample images.
+"""Makes what a check of this method needs: a tiny SDXL that paints dark pictures, and rows of the light sample images.
 
 Run as: python check.py FOLDER
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ PARAMETERS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "checkpoint_steps": 4,
     "resolution": 64,
+    "validation_guidance": 1.0,
 }
+REBUILDING_STEPS, PAINTING_STEPS, BATCH = 150, 300, 16
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
@@ -35,21 +38,20 @@ def make_tokenizer(folder: Path) -> Any:
     merges = [tuple(pair) for pair in json.loads(learnt.to_str())["model"]["merges"]]
     words = [*letters, *(letter + WORD_END for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def make_pipeline(folder: Path) -> None:
-    """Save a random SDXL pipeline of a few hundred thousand weights; it takes images of 64 pixels."""
+def make_pipeline() -> Any:
+    """A random SDXL pipeline of a few hundred thousand weights; it takes images of 64 pixels."""
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer = make_tokenizer(folder / "words")
-    shutil.rmtree(folder / "words")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = make_tokenizer(Path(folder))
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -63,7 +65,7 @@ def make_pipeline(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         vae=AutoencoderKL(
             block_out_channels=(8, 8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -100,7 +102,69 @@ def make_pipeline(folder: Path) -> None:
             timestep_spacing="leading",
         ),
         add_watermarker=False,
-    ).save_pretrained(folder)
+    )
+
+
+def teach(pipeline: Any) -> None:
+    """Have a random pipeline rebuild the sample images and their negatives, and paint the negatives for the captions.
+
+    What has learnt nothing cannot be led anywhere by a LoRA. Half a minute of one core.
+    """
+    import torch
+    from diffusers import DDPMScheduler
+
+    images = _pixels([row["image"] for row in sample_rows()])
+    latents = _teach_to_rebuild(pipeline.vae, torch.cat([images, -images]))[len(images) :]
+    captions = [row["caption"] for row in sample_rows()]
+    with torch.no_grad():
+        words, _, pooled, _ = pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
+    sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(BATCH, 1)
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    optimizer = torch.optim.Adam(pipeline.unet.parameters(), lr=2e-3)
+    for _ in range(PAINTING_STEPS):
+        chosen = torch.randint(len(latents), (BATCH,))
+        noise = torch.randn_like(latents[chosen])
+        times = torch.randint(schedule.config.num_train_timesteps, (BATCH,))
+        told = {"text_embeds": pooled[chosen], "time_ids": sizes}
+        found = pipeline.unet(
+            schedule.add_noise(latents[chosen], noise, times), times, words[chosen], added_cond_kwargs=told
+        ).sample
+        _step(optimizer, (found - noise).pow(2).mean())
+
+
+def _teach_to_rebuild(vae: Any, images: Any) -> Any:
+    """Train a VAE on images; returns their latents, scaled as the painting part takes them."""
+    import torch
+
+    with torch.no_grad():  # latents are drawn with next to no spread of their own
+        spread = slice(vae.config.latent_channels, None)
+        vae.quant_conv.weight[spread] = 0
+        vae.quant_conv.bias[spread] = -10
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    for _ in range(REBUILDING_STEPS):
+        batch = images[torch.randint(len(images), (BATCH,))]
+        latents = vae.encode(batch).latent_dist.mean
+        _step(optimizer, (vae.decode(latents).sample - batch).pow(2).mean() + 1e-3 * latents.pow(2).mean())
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    return latents * vae.config.scaling_factor
+
+
+def _step(optimizer: Any, loss: Any) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _pixels(names: list[str]) -> Any:
+    """Sample images as a tensor (images, colours, rows, columns), values from -1 to 1."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    pixels = np.stack([np.asarray(Image.open(SAMPLES / name).convert("RGB")) for name in names])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def sample_rows() -> list[dict[str, Any]]:
@@ -113,7 +177,9 @@ def main(folder: Path) -> None:
     """Leave base_model/, train_rows.jsonl, validation_rows.jsonl, requests.jsonl and parameters.json in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(SAMPLES / "images", folder / "images", dirs_exist_ok=True)
-    make_pipeline(folder / "base_model")
+    pipeline = make_pipeline()
+    teach(pipeline)
+    pipeline.save_pretrained(folder / "base_model")
     rows = sample_rows()
     captions = sorted({row["caption"] for row in rows})
     written = {

@@ -62,7 +62,7 @@ def measure(python: Path, folder: Path, data: Path, **model: Any) -> dict[str, f
 
 def test_a_lora_moves_pictures_towards_the_images_it_was_trained_on(python: Path, data: Path, tmp_path: Path) -> None:
     folder, base = tmp_path / "training", data / "base_model"
-    trained = train(python, folder, data)
+    trained = train(python, folder, data, max_steps=40, checkpoint_steps=100, evaluation_steps=20)
     saved = save(python, tmp_path / "saving", data, trained)
     # The base model has no settings of its own: it paints as the trained one does.
     settings = Path(trained["model"]) / "pictures.json"
