@@ -21,7 +21,7 @@ PARAMETERS: dict[str, Any] = {
     "resolution": 64,
     "validation_guidance": 1.0,
 }
-REBUILDING_STEPS, PAINTING_STEPS, BATCH = 150, 300, 16
+REBUILDING_STEPS, PAINTING_STEPS, BATCH = 200, 400, 8
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 

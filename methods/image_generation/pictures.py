@@ -26,6 +26,7 @@ _SIZE = re.compile(r"(\d{1,5})[x:](\d{1,5})")
 _MULTIPLE = 16  # sides are multiples of this: all families can make such pictures
 _MOST_PIXELS = 2048 * 2048
 _MOST_STEPS = 500
+_ADAPTER_METADATA = "lora_adapter_metadata"  # as diffusers.loaders.lora_base calls it
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,24 @@ def training_dtype(name: str) -> str:
     if name != "auto":
         return name
     return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def keep_lora(trained: Path, kept: Path, part: str, rank: int, alpha: float) -> None:
+    """Copy the weights of a LoRA on `part`, saying its rank and alpha as diffusers does.
+
+    SimpleTuner says them in the files of its checkpoints, and not in the one at the end: whoever loads that takes
+    alpha for the rank, and a LoRA that was trained with an alpha of twice its rank paints at half its strength.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(trained)
+    modules = sorted({name.removeprefix(f"{part}.").rsplit(".lora_", 1)[0] for name in weights})
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
+    with safe_open(trained, framework="pt") as file:
+        said = file.metadata() or {}
+    told = json.dumps({f"{part}.{name}": value for name, value in settings.items()})
+    save_file(weights, kept, {**said, _ADAPTER_METADATA: told})
 
 
 def load_pipeline(base: str, adapter: str | None, dtype: str, device: str = "auto") -> Any:

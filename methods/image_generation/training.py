@@ -77,7 +77,8 @@ def save(job: contract.Job, engine: Engine, rows: Rows) -> dict[str, object]:
         weights = place.checkpoints / configuration.LORA_WEIGHTS
         if not weights.is_file():
             raise RuntimeError(f"SimpleTuner says that it is done, and has left no {weights.name}")
-        shutil.copy2(weights, job.output / weights.name)
+        rank, alpha = job.parameters["lora_rank"], job.parameters["lora_alpha"]
+        pictures.keep_lora(weights, job.output / weights.name, pictures.trained_part(place.base_model), rank, alpha)
     else:
         # What it saves may lack the parts that were not trained: they are the base model's.
         part = pictures.trained_part(place.base_model)

@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from configs.settings import PROJECT_ROOT
 from methods import contract
@@ -317,6 +318,18 @@ def test_what_is_no_success_is_none(
     program |= how
     with pytest.raises(error, match=said):
         train(tmp_path / "job", base, rows, max_steps=4)
+
+
+@pytest.mark.parametrize(("given", "alpha"), [({"lora_rank": 4, "lora_alpha": 12}, 12), ({"lora_rank": 4}, 8)])
+def test_the_kept_lora_says_how_strong_it_is(
+    given: dict[str, Any], alpha: float, base: Path, rows: Path, program: dict[str, Any], tmp_path: Path
+) -> None:
+    """As diffusers reads it; SimpleTuner does not say it in the file that it leaves at the end."""
+    train(tmp_path / "t", base, rows, max_steps=2, **given)
+    with safe_open(tmp_path / "t" / "output" / configuration.LORA_WEIGHTS, framework="numpy") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert len(file.keys()) == 4
+    assert said == {"unet.r": 4, "unet.lora_alpha": alpha, "unet.target_modules": ["mid.to_k", "mid.to_out.0"]}
 
 
 def test_weights_and_words_of_an_earlier_attempt_are_not_taken_for_this_ones(
