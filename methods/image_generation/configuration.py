@@ -12,6 +12,7 @@ DATA = "multidatabackend.json"
 METRICS = "training_metrics.jsonl"
 STATUS = "training_metrics.json"
 SAMPLES = "validation_images"
+SAMPLER = "training_state.json"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 _OPTIMIZERS = {
@@ -45,7 +46,7 @@ class Place:
 def steps_per_epoch(rows: int, parameters: dict[str, Any]) -> int:
     """Optimizer steps in which every image is trained on as often as it is to be."""
     batch = parameters["batch_size"] * parameters["grad_accum_steps"]
-    return max(1, math.ceil(rows * parameters["repeats"] / batch))
+    return max(1, math.ceil(int(rows * parameters["repeats"]) / int(batch)))
 
 
 def total_steps(rows: int, parameters: dict[str, Any]) -> int:
@@ -90,6 +91,8 @@ def training_configuration(
         **schedule(p, total_steps(rows, p)),
         "grad_clip_method": "norm",
         "max_grad_norm": p["max_grad_norm"],
+        # Only the evaluation loss takes steps of this schedule, in bfloat16, where 999 is 1000, which there is not.
+        "training_scheduler_timestep_spacing": "leading",
         "use_ema": p["use_ema"],
         "ema_decay": p["ema_decay"],
         "checkpoint_step_interval": p["checkpoint_steps"],

@@ -2,7 +2,7 @@
 
 It is never imported: its licence is the AGPL. It tells its losses in `training_metrics.jsonl`, one JSON line a step,
 writes `.guard` last of all into a checkpoint, and saves one when the file that SIMPLETUNER_ACCELERATE_SIGNAL_FILE names
-asks for it. SIGINT ends it without saving anything, and with exit code 0.
+asks for it. SIGINT ends it without saving anything, and with exit code 0; now and then it trains on.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CURVES = {
 
 _WHOLE = ".guard"
 _POLL_SECONDS = 0.25
+_SIGINT_SECONDS = 5.0
 _ASKED = {"manual_checkpoint": 1}
 
 
@@ -80,7 +81,7 @@ class Engine:
                     self._stop(process, asking)
         finally:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self.follow()
         self.seconds = time.monotonic() - started
@@ -113,7 +114,10 @@ class Engine:
                 self.follow()
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait()
+            try:
+                process.wait(_SIGINT_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # what it was asked to keep is whole
 
     def _judge(self, code: int) -> None:
         """Raise Cancelled, Refused or RuntimeError unless the train is completed."""

@@ -45,7 +45,7 @@ def verify(job: contract.Job, dtype: str) -> dict[str, float]:
     reference = (base, trained) if job.inputs["adapter"] else (trained, None)
     orders = _orders(trained)
     expected, saved, untouched = (
-        _paint_all(*model, orders) for model in (reference, (str(job.output), None), (base, None))
+        _paint_all(model, adapter, orders) for model, adapter in (reference, (str(job.output), None), (base, None))
     )
     figures = {
         "merged_to_reference": _distance(saved, expected),

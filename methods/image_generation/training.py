@@ -20,7 +20,7 @@ from methods.toolkit.checkpoints import remove_torn_checkpoints
 class Rows(NamedTuple):
     """What is trained on: how many images, the caption of the first, and whether others are held back."""
 
-    count: int
+    images: int
     first_caption: str
     validation: bool
 
@@ -58,8 +58,10 @@ def build_trainer(job: contract.Job, place: Place, rows: Rows) -> Engine:
     on_gpu = pictures.on_gpu()
     parameters = {**job.parameters, "dtype": pictures.training_dtype(job.parameters["dtype"])}
     resume = job.resume_from.name if job.resume_from else None
+    if resume:
+        _name_these_images(place.checkpoints / resume / configuration.SAMPLER, place.images)
     told = configuration.training_configuration(
-        place, parameters, rows.count, rows.first_caption, validation=rows.validation, resume=resume
+        place, parameters, rows.images, rows.first_caption, validation=rows.validation, resume=resume
     )
     data = configuration.data_configuration(place, parameters, validation=rows.validation, on_gpu=on_gpu)
     (place.work / configuration.CONFIGURATION).write_text(json.dumps(told, indent=1), encoding="utf-8")
@@ -108,6 +110,16 @@ def main(job: contract.Job) -> dict[str, object]:
     engine.run()
     job.phase("saving")
     return save(job, engine, rows)
+
+
+def _name_these_images(sampler: Path, images: Path) -> None:
+    """Have a checkpoint name the images by where they lie now: a train's folder may have been moved or copied."""
+    text = sampler.read_text(encoding="utf-8")
+    seen: dict[str, list[str]] = json.loads(text)["aspect_ratio_bucket_indices"]
+    for folder in {Path(path).parent for paths in seen.values() for path in paths} - {images}:
+        before, after = (json.dumps(f"{each}/")[:-1] for each in (folder, images))
+        text = text.replace(before, after)
+    contract.write_json(sampler, json.loads(text))
 
 
 def _copy_images(rows: Path, target: Path, limit: int) -> list[str]:

@@ -28,7 +28,7 @@ told = json.loads(pathlib.Path(os.environ["CONFIG_PATH"] + ".json").read_text())
 out = pathlib.Path(told["output_dir"])
 asking = pathlib.Path(os.environ["SIMPLETUNER_ACCELERATE_SIGNAL_FILE"])
 how = json.loads(sys.argv[1])
-signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+signal.signal(signal.SIGINT, signal.SIG_IGN if how.get("deaf") else lambda *_: sys.exit(0))
 
 
 def status(word):
@@ -39,6 +39,8 @@ def save(step):
     part = out / f"checkpoint-{step}-tmp"
     part.mkdir()
     (part / "optimizer.bin").write_text(str(step))
+    seen = sorted(str(path) for path in pathlib.Path("images").absolute().glob("*.png"))
+    (part / "training_state.json").write_text(json.dumps({"aspect_ratio_bucket_indices": {"1.0": seen}}))
     (part / ".guard").write_text("")
     part.rename(out / f"checkpoint-{step}")
 

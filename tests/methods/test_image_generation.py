@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -283,6 +284,40 @@ def test_a_cancelled_train_has_a_checkpoint_saved_and_goes_on_from_it(
     losses = curve(folder, "loss")
     assert set(losses) == set(range(1, 61))
     assert all(len(values) == 1 for at, values in losses.items() if at > step + 1)
+
+
+def test_a_program_that_trains_on_after_sigint_is_ended(
+    base: Path, rows: Path, tmp_path: Path, program: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_SIGINT_SECONDS", 0.2)
+    program |= {"seconds": 0.05, "deaf": True}
+    folder = tmp_path / "job"
+    job = opened(folder, image_job(folder, base, rows, max_steps=10**6, checkpoint_steps=10**6))
+
+    def cancel() -> None:
+        wait_for(lambda: 3 in curve(folder, "loss"), 20)
+        job.cancelled = True
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    with pytest.raises(contract.Cancelled):
+        training.main(job)
+    canceller.join()
+    assert len(contract.complete_checkpoints(job_checkpoints(folder))) == 1
+
+
+def test_a_train_whose_folder_was_moved_goes_on_with_its_images(
+    base: Path, rows: Path, tmp_path: Path, program: dict[str, Any]
+) -> None:
+    """SimpleTuner's checkpoint names its images by their absolute paths, and refuses others."""
+    train(tmp_path / "before", base, rows, max_steps=4, checkpoint_steps=2)
+    moved = tmp_path / "after"
+    shutil.copytree(job_checkpoints(tmp_path / "before") / "checkpoint-2", job_checkpoints(moved) / "checkpoint-2")
+    resume = job_checkpoints(moved) / "checkpoint-2"
+    train(moved, base, rows, max_steps=4, checkpoint_steps=1000, resume=resume)
+    told_of = json.loads((resume / "training_state.json").read_text())["aspect_ratio_bucket_indices"]["1.0"]
+    assert len(told_of) == 6
+    assert all(Path(path).parent == moved / "work" / "images" and Path(path).is_file() for path in told_of)
 
 
 def test_a_train_that_is_cancelled_before_its_first_step_ends_at_once(
