@@ -12,7 +12,10 @@ DATA = "multidatabackend.json"
 METRICS = "training_metrics.jsonl"
 STATUS = "training_metrics.json"
 SAMPLES = "validation_images"
-SAMPLER = "training_state.json"
+IMAGES = "images"
+"""What SimpleTuner calls the images of the train. It keeps how far it is with them in `training_state-ID.json`, but
+writes it over `training_state.json` if that holds the id, as it does "train": the step that was reached is lost."""
+SAMPLER = f"training_state-{IMAGES}.json"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 _OPTIMIZERS = {
@@ -149,7 +152,7 @@ def data_configuration(
     """Where the images, their captions and what is computed of them lie."""
     cache = place.work / "cache"
     images = _images(parameters, on_gpu=on_gpu)
-    train = {"id": "train", "dataset_type": "image", "instance_data_dir": str(place.images)}
+    train = {"id": IMAGES, "dataset_type": "image", "instance_data_dir": str(place.images)}
     held_back = {"id": "validation", "dataset_type": "eval", "instance_data_dir": str(place.held_back)}
     found = [{**train, "repeats": parameters["repeats"] - 1, "cache_dir_vae": str(cache / "train"), **images}]
     if validation:

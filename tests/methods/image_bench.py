@@ -40,7 +40,7 @@ def save(step):
     part.mkdir()
     (part / "optimizer.bin").write_text(str(step))
     seen = sorted(str(path) for path in pathlib.Path("images").absolute().glob("*.png"))
-    (part / "training_state.json").write_text(json.dumps({"aspect_ratio_bucket_indices": {"1.0": seen}}))
+    (part / "training_state-images.json").write_text(json.dumps({"aspect_ratio_bucket_indices": {"1.0": seen}}))
     (part / ".guard").write_text("")
     part.rename(out / f"checkpoint-{step}")
 

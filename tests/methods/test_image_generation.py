@@ -107,10 +107,10 @@ TOLD: dict[str, tuple[Any, dict[str, Any]]] = {
     "gradient_checkpointing": (False, {"gradient_checkpointing": False}),
     "seed": (5, {"seed": 5, "validation_seed": 5}),
     "dtype": ("bfloat16", {"mixed_precision": "bf16", "base_model_default_dtype": "bf16", "optimizer": "adamw_bf16"}),
-    "resolution": (512, {"resolution": 512, "validation_resolution": "512x512", "train.resolution": 512}),
-    "crop": ("center", {"train.crop": True, "train.crop_style": "center", "train.crop_aspect": "square"}),
-    "minimum_image_size": (32, {"minimum_image_size": 32, "train.minimum_image_size": 32}),
-    "repeats": (10, {"train.repeats": 9, "max_train_steps": 60}),
+    "resolution": (512, {"resolution": 512, "validation_resolution": "512x512", "images.resolution": 512}),
+    "crop": ("center", {"images.crop": True, "images.crop_style": "center", "images.crop_aspect": "square"}),
+    "minimum_image_size": (32, {"minimum_image_size": 32, "images.minimum_image_size": 32}),
+    "repeats": (10, {"images.repeats": 9, "max_train_steps": 60}),
     "caption_dropout": (0.2, {"caption_dropout_probability": 0.2}),
     "ema_decay": (0.9, {"ema_decay": 0.9}),
     "validation_prompt": ("a boat", {"validation_prompt": "a boat"}),
@@ -315,7 +315,7 @@ def test_a_train_whose_folder_was_moved_goes_on_with_its_images(
     shutil.copytree(job_checkpoints(tmp_path / "before") / "checkpoint-2", job_checkpoints(moved) / "checkpoint-2")
     resume = job_checkpoints(moved) / "checkpoint-2"
     train(moved, base, rows, max_steps=4, checkpoint_steps=1000, resume=resume)
-    told_of = json.loads((resume / "training_state.json").read_text())["aspect_ratio_bucket_indices"]["1.0"]
+    told_of = json.loads((resume / configuration.SAMPLER).read_text())["aspect_ratio_bucket_indices"]["1.0"]
     assert len(told_of) == 6
     assert all(Path(path).parent == moved / "work" / "images" and Path(path).is_file() for path in told_of)
 
