@@ -312,5 +312,5 @@ def test_after_a_reboot_everything_stands_again_and_what_was_interrupted_is_told
     assert f"{record.id} is interrupted" in told
     assert f"tuneline trains resume {record.id}" in told
     assert record.status == "interrupted"
-    assert server.state(run) == "Crashed"
+    assert server.state(run) == "Crashed", server.told(run)
     assert processes_naming(str(folder(server, "rebooted"))) == []
