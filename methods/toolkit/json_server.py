@@ -34,10 +34,14 @@ class RequestRefused(Exception):
         self.field = field
 
 
-def serve(job: contract.Job, routes: Mapping[str, Route]) -> None:
-    """Answer requests at the job's `host` and `port` until the stage is asked to stop; those under way are finished."""
+def serve(job: contract.Job, routes: Mapping[str, Route], largest_body: int = LARGEST_BODY) -> None:
+    """Answer requests at the job's `host` and `port` until the stage is asked to stop; those under way are finished.
+
+    A request of more than `largest_body` bytes is refused unread.
+    """
     server = _Server((job.inputs["host"], job.inputs["port"]), _Handler)
     server.model, server.routes, server.created = job.inputs["name"], routes, int(time.time())
+    server.largest_body = largest_body
     listener = threading.Thread(target=server.serve_forever, args=(0.1,), name="listener")
     listener.start()
     job.phase("serving")
@@ -55,6 +59,7 @@ class _Server(ThreadingHTTPServer):
     model: str
     routes: Mapping[str, Route]
     created: int
+    largest_body: int
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,8 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not length.isdecimal():
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "the request needs a Content-Length")
             return None
-        if int(length) > LARGEST_BODY:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {LARGEST_BODY} bytes")
+        if int(length) > self.server.largest_body:
+            most = f"a request has at most {self.server.largest_body} bytes"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, most)
             return None
         try:
             body = json.loads(self.rfile.read(int(length)))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from configs.settings import PROJECT_ROOT
 from methods import contract
 from methods.image_generation import answering, configuration, deploying, engine, pictures, training
 from methods.image_generation.pictures import Order, Settings
-from tasks.stages import EventTail
+from tasks.stages import EventTail, StageJob
 from tests.methods.image_bench import METHOD, PROGRAM, image_job, opened, parameters, told
 from tests.methods.stage_jobs import curve, wait_for
 
@@ -258,13 +258,8 @@ def job_checkpoints(folder: Path) -> Path:
     return folder / "checkpoints"
 
 
-def test_a_cancelled_train_has_a_checkpoint_saved_and_goes_on_from_it(
-    base: Path, rows: Path, tmp_path: Path, program: dict[str, Any]
-) -> None:
-    program["seconds"] = 0.05
-    folder = tmp_path / "job"
-    given: dict[str, Any] = {"max_steps": 60, "checkpoint_steps": 1000}
-    job = opened(folder, image_job(folder, base, rows, **given))
+def cancel_after_three_steps(folder: Path, job: contract.Job) -> None:
+    """Train until the third step is told; then it is to stop."""
 
     def cancel() -> None:
         wait_for(lambda: 3 in curve(folder, "loss"), 20)
@@ -275,6 +270,16 @@ def test_a_cancelled_train_has_a_checkpoint_saved_and_goes_on_from_it(
     with pytest.raises(contract.Cancelled):
         training.main(job)
     canceller.join()
+
+
+def test_a_cancelled_train_has_a_checkpoint_saved_and_goes_on_from_it(
+    base: Path, rows: Path, tmp_path: Path, program: dict[str, Any]
+) -> None:
+    program["seconds"] = 0.05
+    folder = tmp_path / "job"
+    given: dict[str, Any] = {"max_steps": 60, "checkpoint_steps": 1000}
+    job = opened(folder, image_job(folder, base, rows, **given))
+    cancel_after_three_steps(folder, job)
     (newest,) = contract.complete_checkpoints(job_checkpoints(folder))
     step = int(newest.name.removeprefix("checkpoint-"))
     assert 3 <= step < 60
@@ -293,16 +298,7 @@ def test_a_program_that_trains_on_after_sigint_is_ended(
     program |= {"seconds": 0.05, "deaf": True}
     folder = tmp_path / "job"
     job = opened(folder, image_job(folder, base, rows, max_steps=10**6, checkpoint_steps=10**6))
-
-    def cancel() -> None:
-        wait_for(lambda: 3 in curve(folder, "loss"), 20)
-        job.cancelled = True
-
-    canceller = threading.Thread(target=cancel)
-    canceller.start()
-    with pytest.raises(contract.Cancelled):
-        training.main(job)
-    canceller.join()
+    cancel_after_three_steps(folder, job)
     assert len(contract.complete_checkpoints(job_checkpoints(folder))) == 1
 
 
@@ -517,52 +513,63 @@ def test_the_same_image_has_no_distance(tmp_path: Path) -> None:
         answering.answer(job, Pipeline(), Settings(64, 64, 1))
 
 
-@contextmanager
-def served(pipeline: Pipeline) -> Iterator[str]:
-    """The address of a server of pictures."""
-    painter = deploying.Painter(pipeline, Settings(64, 64, 2), "shapes")
-    server = deploying.make_server(painter, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever)
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The address of a deploying stage whose model makes pictures of one colour."""
+    monkeypatch.setattr(pictures, "load_pipeline", lambda *_: Pipeline())
+    monkeypatch.setattr(pictures, "read_settings", lambda _: Settings(64, 64, 2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    inputs = {"name": "shapes", "host": "127.0.0.1", "port": port, "model": "made"}
+    given = {"dtype": "auto", "device": "auto"}
+    stage = StageJob(stage="deploying", parameters=given, inputs=inputs, output=tmp_path / "output", seed=0)
+    job = opened(tmp_path, stage)
+    thread = threading.Thread(target=deploying.main, args=(job,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        assert wait_for(lambda: listens(port), 10)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.shutdown()
-        server.server_close()
+        job.cancelled = True
         thread.join()
 
 
-def test_the_endpoint_paints_as_openai_s_interface_asks() -> None:
-    with served(Pipeline()) as address:
-        assert httpx.get(f"{address}/health").status_code == 200
-        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "shapes"
-        url = f"{address}/v1/images/generations"
-        asked = {
-            "model": "shapes",
-            "prompt": "a boat",
-            "n": 2,
-            "size": "32x16",
-            "seed": 7,
-            "response_format": "b64_json",
-        }
-        data = httpx.post(url, json=asked).json()["data"]
-        found = [Image.open(BytesIO(base64.b64decode(each["b64_json"]))) for each in data]
-        assert [(picture.size, picture.getpixel((0, 0))) for picture in found] == [
-            ((32, 16), (7, 100, 50)),
-            ((32, 16), (8, 100, 50)),
-        ]
-        for wrong in (
-            {},
-            {"prompt": "a", "n": 0},
-            {"prompt": "a", "response_format": "url"},
-            {"prompt": "a", "steps": -1},
-        ):
-            answer = httpx.post(url, json=wrong)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
-        assert httpx.post(url, content=b"{").status_code == 400
-        assert httpx.post(url, content=b"[]").status_code == 400
-        assert httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 404
-        assert httpx.post(url, content=b" " * 2_000_000).status_code == 413
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_endpoint_paints_as_openai_s_interface_asks(address: str) -> None:
+    assert httpx.get(f"{address}/health").status_code == 200
+    assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "shapes"
+    url = f"{address}/v1/images/generations"
+    asked = {
+        "model": "shapes",
+        "prompt": "a boat",
+        "n": 2,
+        "size": "32x16",
+        "seed": 7,
+        "response_format": "b64_json",
+    }
+    data = httpx.post(url, json=asked).json()["data"]
+    found = [Image.open(BytesIO(base64.b64decode(each["b64_json"]))) for each in data]
+    assert [(picture.size, picture.getpixel((0, 0))) for picture in found] == [
+        ((32, 16), (7, 100, 50)),
+        ((32, 16), (8, 100, 50)),
+    ]
+    for wrong in (
+        {},
+        {"prompt": "a", "n": 0},
+        {"prompt": "a", "response_format": "url"},
+        {"prompt": "a", "steps": -1},
+    ):
+        answer = httpx.post(url, json=wrong)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert httpx.post(url, content=b"{").status_code == 400
+    assert httpx.post(url, content=b"[]").status_code == 400
+    assert httpx.post(f"{address}/v1/chat/completions", json={}).status_code == 404
+    assert httpx.post(url, content=b" " * 2_000_000).status_code == 413
 
 
 def test_a_base_model_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def data(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, folder: Path, job: StageJob) -> dict[str, Any]:
-    return run_stage(folder, job, python, METHOD.stage_file(job.stage), 120, lambda events: None)  # type: ignore[arg-type]
+    return run_stage(folder, job, python, METHOD.stage_file(job.stage), 120, lambda events: None)
 
 
 def train(python: Path, folder: Path, data: Path, **given: Any) -> dict[str, Any]:
