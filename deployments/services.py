@@ -258,6 +258,8 @@ def _bring_up_pool(
     begun: list[ServiceRecord],
 ) -> ServiceRecord:
     """The pool with its deployments, and a worker of this host for it."""
+    for variable, address in given.items():
+        _point(variable, address)  # deploying imports Prefect, which reads its server's address once
     deploy_flows(settings, given["PREFECT_API_URL"], pool)
     record = _alive_or_cleared(settings, "worker", pool)
     if record is not None and record.given != given and not record.supervised:

@@ -217,7 +217,7 @@ def _crash_flow_run(record: TrainRecord) -> None:
             if found.state is None or not found.state.is_final():
                 client.set_flow_run_state(found.id, state, force=True)
         except ObjectNotFound:
-            logging.getLogger(__name__).info(
+            logging.getLogger(__name__).warning(
                 "flow run %s of %s is on another Prefect server", record.flow_run_id, record.id
             )
 

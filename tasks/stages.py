@@ -28,6 +28,8 @@ from tasks.processes import STAGE_FOLDER_VARIABLE
 EventHandler = Callable[[list[dict[str, Any]]], None]
 
 _POLL_SECONDS = 0.25
+# A killed process is gone from the list of processes a moment before it lets go of its files.
+_LOCK_SECONDS = 1.0
 _KEPT_FROM_STAGES = ("PREFECT_", "MLFLOW_", "TUNELINE_")
 
 
@@ -147,13 +149,22 @@ def prepare_folder(folder: Path, job: StageJob) -> None:
 def locked(folder: Path) -> Iterator[int]:
     """Hold the job folder for oneself; gives the lock's file descriptor. Raises UserError if a stage runs in it."""
     with (folder / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "this stage is already running", file=folder, mend="wait for it, or `tuneline trains cancel` it"
-            ) from error
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _taken(file.fileno()):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "this stage is already running", file=folder, mend="wait for it, or `tuneline trains cancel` it"
+                )
+            time.sleep(_POLL_SECONDS)
         yield file.fileno()
+
+
+def _taken(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _tell(on_events: EventHandler, events: list[dict[str, Any]]) -> None:

@@ -26,12 +26,20 @@ from deployments.processes import TOKEN_VARIABLE, is_alive
 from tasks.processes import process_start
 from tests.postgres import ADDRESS_VARIABLE, own_databases
 
-CONNECT = """
+LOAD = """
 import json, sys
 from configs.settings import load_settings
 from deployments import databases, services
 settings = load_settings()
+"""
+CONNECT = LOAD + "services.connect(settings)\n"
+
+ASK_AFTER_UP = """
+services.up(settings)
 services.connect(settings)
+from prefect.client.orchestration import get_client
+with get_client(sync_client=True) as client:
+    print(json.dumps(str(client.api_url)))
 """
 
 LOG_A_RUN = """
@@ -66,7 +74,7 @@ print(json.dumps({"run": str(state.state_details.flow_run_id)}))
 """
 
 SLOW_FLOW = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 from pathlib import Path
 from prefect import flow
 
@@ -75,6 +83,7 @@ def slow(note: str):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     Path(note).write_text(f"{os.getpid()} {child.pid} {os.environ['MLFLOW_TRACKING_URI']}")
     child.wait()
+    time.sleep(600)  # ended as its child is, never completed
 """
 
 DEPLOY_AND_RUN = """
@@ -99,7 +108,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_python(settings: Settings, code: str, *arguments: str) -> dict[str, Any]:
+def run_python(settings: Settings, code: str, *arguments: str, before: str = CONNECT) -> Any:
     """Run code in a fresh process of this installation; its last line of output, parsed."""
     hidden = ("PREFECT_", "MLFLOW_", "TUNELINE_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
@@ -113,7 +122,7 @@ def run_python(settings: Settings, code: str, *arguments: str) -> dict[str, Any]
         if address is not None:
             environment[f"TUNELINE_{name}_DATABASE"] = address.get_secret_value()
     done = subprocess.run(
-        [sys.executable, "-c", CONNECT + code, *arguments],
+        [sys.executable, "-c", before + code, *arguments],
         env=environment,
         cwd=settings.root,
         capture_output=True,
@@ -199,6 +208,11 @@ def test_a_flow_run_from_before_up_is_on_the_server(installation: Installation) 
     api = services.addresses(installation.settings).prefect_api
     run = httpx.get(f"{api}/flow_runs/{installation.flow_run}").json()
     assert run["state"]["type"] == "COMPLETED"
+
+
+def test_the_process_that_called_up_asks_its_server_and_no_embedded_one(installation: Installation) -> None:
+    asked = run_python(installation.settings, ASK_AFTER_UP, before=LOAD)
+    assert asked.rstrip("/") == services.addresses(installation.settings).prefect_api
 
 
 def test_an_mlflow_run_from_before_up_is_on_the_server_with_its_artifact(
