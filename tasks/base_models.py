@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from configs.base_models import BaseModelEntry, WheelSource, add_base_model
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, Settings
+from tasks.files import one_at_a_time
 from tasks.stages import StageJob, run_stage
 
 CONVERTER = PROJECT_ROOT / "methods" / "toolkit" / "convert_gguf.py"
@@ -34,7 +34,7 @@ def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
         return _with_template(entry, require_safetensors(_download(entry.hub, entry.revision)), settings)
     folder = settings.base_models / entry.name
     settings.base_models.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
+    with one_at_a_time(settings.base_models / f".{entry.name}.lock"):
         if not (folder / "config.json").exists() and entry.wheel is not None:
             with _work_folder(entry, settings) as work:
                 # One rename: a kill leaves either no model or a whole one.
@@ -118,7 +118,7 @@ def _with_template(entry: BaseModelEntry, folder: Path, settings: Settings) -> P
     shown = hashlib.sha256(f"{folder}\0{entry.chat_template}".encode()).hexdigest()[:8]
     view = settings.base_models / f"{entry.name}.template-{shown}"
     settings.base_models.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(settings.base_models / f".{entry.name}.lock"):
+    with one_at_a_time(settings.base_models / f".{entry.name}.lock"):
         if not view.exists():
             with _work_folder(entry, settings) as work:
                 _link_with_template(folder, work / "view", entry.chat_template)
@@ -146,10 +146,3 @@ def _work_folder(entry: BaseModelEntry, settings: Settings) -> Iterator[Path]:
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=settings.base_models, prefix=prefix) as folder:
         yield Path(folder)
-
-
-@contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

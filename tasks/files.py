@@ -58,6 +58,14 @@ def held(folder: Path) -> Iterator[bool]:
         yield True
 
 
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process is here with the same lock file. The system frees it however this one ends."""
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def last_lines(log: Path, lines: int, offset: int = 0) -> str:
     """The last lines of a log, read from `offset` bytes on and at most 1 MB of it; empty if there is none.
 

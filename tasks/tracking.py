@@ -21,7 +21,7 @@ from deployments.databases import EXPERIMENT, PROXIED_ARTIFACTS, mlflow_artifact
 from methods import contract
 from methods.registry import known_method
 from tasks import runs_view
-from tasks.files import write_text
+from tasks.files import one_at_a_time, write_text
 from tasks.stages import EventTail
 
 if TYPE_CHECKING:
@@ -39,9 +39,14 @@ def mlflow_client() -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if not mlflow.get_tracking_uri().startswith("http"):
-        _read_shared_artifacts_from_disk()
-    return MlflowClient()
+    if mlflow.get_tracking_uri().startswith("http"):
+        return MlflowClient()
+    _read_shared_artifacts_from_disk()
+    folder = load_settings().mlflow_sqlite.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # The first client makes the tables, which MLflow takes for made while another process is still at it.
+    with one_at_a_time(folder / "lock"):
+        return MlflowClient()
 
 
 def _read_shared_artifacts_from_disk() -> None:

@@ -22,7 +22,7 @@ from configs.records import TrainRecord
 from configs.settings import PROJECT_ROOT, Settings
 from deployments import services
 from tests.deployments.server import free_ports
-from tests.e2e.chromium import find_chromium, flags
+from tests.e2e.conftest import PICTURES, picture
 from tests.flows.tiny_trains import processes_naming, wait_for
 from tests.tiny_models import make_tiny_chat_model
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.e2e
 
-PICTURES = PROJECT_ROOT / "build" / "e2e"
 FIRST, SECOND, THIRD = 0.01, 0.002, 0.003
 STEPS = 40
 
@@ -45,9 +44,8 @@ class Site:
         self.mlflow = f"http://127.0.0.1:{settings.mlflow_port}"
         self.api = httpx.Client(base_url=f"{self.prefect}/api", trust_env=False, timeout=30)
 
-    def picture(self, name: str) -> None:
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=PICTURES / f"{name}.png")
+    def picture(self, name: str, height: int = 1000) -> None:
+        picture(self.page, name, height)
 
     def form(self) -> None:
         """Go to the form of customized/sft the way one clicks there."""
@@ -104,11 +102,7 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    from playwright.sync_api import sync_playwright
-
-    chromium = find_chromium()
-    assert chromium is not None, "there is no Chromium: run `make test-e2e`, or set CHROMIUM=/path/to/chromium"
+def site(tmp_path_factory: pytest.TempPathFactory, page: Page) -> Iterator[Site]:
     root = tmp_path_factory.mktemp("pages")
     make_tiny_chat_model(root / "tiny", seed=1)
     rooms = ("kitchen", "hall", "cellar", "garden", "attic", "office", "bath")
@@ -127,12 +121,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         settings = Settings(prefect_port=prefect, mlflow_port=mlflow, grace_seconds=20)
         services.up(settings)
         try:
-            with sync_playwright() as playwright:
-                browser = playwright.chromium.launch(executable_path=chromium, args=flags())
-                page = browser.new_page(viewport={"width": 1440, "height": 1000})
-                page.set_default_timeout(30_000)
-                yield Site(settings, root, page)
-                browser.close()
+            yield Site(settings, root, page)
         finally:
             services.down(settings)
             os.environ.clear()
@@ -178,9 +167,7 @@ def test_form_asks_common_fields_first_and_tells_what_they_are(site: Site) -> No
     assert asked.index("Learning rate") < asked.index("LoRA dropout") < asked.index("Dataset shape")
     assert site.field("Learning rate").input_value() == "0.0001"
     assert site.page.get_by_text("Size of an update at the peak of the schedule.").is_visible()
-    site.page.set_viewport_size({"width": 1440, "height": 4600})
-    site.picture("01-form")
-    site.page.set_viewport_size({"width": 1440, "height": 1000})
+    site.picture("01-form", height=4600)
 
 
 def test_impossible_value_is_refused_before_anything_runs(site: Site) -> None:
@@ -239,10 +226,7 @@ def test_one_artifact_has_overview_evaluation_and_log(site: Site, first: str) ->
     site.page.get_by_text("parameters at their defaults").click()
     assert site.page.get_by_text("weight_decay").is_visible()
     site.page.get_by_text("parameters at their defaults").click()
-    site.page.set_viewport_size({"width": 1440, "height": 3600})
-    site.page.wait_for_timeout(500)
-    site.picture("06-artifact")
-    site.page.set_viewport_size({"width": 1440, "height": 1000})
+    site.picture("06-artifact", height=3600)
 
 
 def test_copy_is_the_same_train_but_for_the_change(site: Site, first: str, second: str) -> None:
@@ -306,9 +290,7 @@ def test_comparison_tells_what_differs_and_which_is_better_in_terminal_page_and_
     assert parameters.all_inner_texts() == [f"\t{fast.id}\t{slow.id}", f"learning_rate\t{FIRST}\t{SECOND}"]
     curves = page.get_by_role("img", name="Curves of the trains")
     assert curves.evaluate("image => image.complete && image.naturalWidth > 300")
-    page.set_viewport_size({"width": 1440, "height": 3400})
-    site.picture("13-compare-page")
-    page.set_viewport_size({"width": 1440, "height": 1000})
+    site.picture("13-compare-page", height=3400)
 
     page.get_by_role("link", name="The same in MLflow").click()
     page.get_by_text("Comparing 2 Runs").wait_for()
@@ -318,9 +300,7 @@ def test_comparison_tells_what_differs_and_which_is_better_in_terminal_page_and_
     page.get_by_role("switch").first.click()  # show what differs only, of the parameters
     page.get_by_role("row").filter(has_text="weight_decay").first.wait_for(state="detached")
     page.get_by_text(verdict).first.wait_for()
-    page.set_viewport_size({"width": 1440, "height": 3000})
-    site.picture("09-mlflow-compare")
-    page.set_viewport_size({"width": 1440, "height": 1000})
+    site.picture("09-mlflow-compare", height=3000)
 
 
 def test_train_cancelled_on_the_page_stops_with_all_its_processes(site: Site, second: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from configs.settings import Settings, load_settings
+from configs.settings import PROJECT_ROOT, Settings, load_settings
+from deployments.databases import mlflow_database_uri
 from methods import contract
 from tasks import tracking
 from tasks.tracking import CurveForwarder
@@ -183,3 +187,18 @@ def test_run_is_closed_as_the_train_ended_and_can_go_on(run_id: str, status: str
     assert MlflowClient().get_run(run_id).info.status == word
     tracking.reopen_run(run_id)
     assert MlflowClient().get_run(run_id).info.status == "RUNNING"
+
+
+@pytest.mark.lifecycle
+def test_processes_that_meet_on_a_new_home_make_its_database_once(home: Path) -> None:
+    # Each of the trains that a sweep begins at once is the first to ask MLflow for something.
+    code = "from tasks import tracking; print(tracking.start_run('a train', 'train', {}))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= {"TUNELINE_HOME": str(home), "MLFLOW_TRACKING_URI": mlflow_database_uri(load_settings())}
+    begun = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    told = [process.communicate()[0].decode().split() for process in begun]
+    assert [process.returncode for process in begun] == [0] * 4
+    assert len({run for runs in told for run in runs}) == 4
