@@ -20,6 +20,9 @@ DX = "DeepExtension, parameter reference table"
 QIANFAN = "Baidu Qianfan, limits of Baichuan2-7B-Chat"
 PANGU = "Huawei Pangu, supervised fine-tuning parameters"
 
+DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
+"""The fields that name rows."""
+
 TRAIN_NAME_BYTES = 100
 """Longest name of a train in UTF-8: folders are named BASE_TRAIN_YYYYMMDD_xxxx_s_xxxx_d_xxxx_QUANT after it."""
 

@@ -7,7 +7,7 @@ from configs.datasets import Columns, DatasetReport, Wanted
 from configs.errors import UserError
 from configs.method_values import checked_values
 from configs.settings import load_settings
-from configs.train import TrainConfig, path_of
+from configs.train import DATASETS, TrainConfig, path_of
 from methods.registry import Method, StageName, find_method
 from tasks.base_models import require_safetensors
 from tasks.datasets import check_reference
@@ -17,8 +17,6 @@ from tasks.method_inputs import fixed_models
 from tasks.models import own_base
 from tasks.scoring import scoring_options
 from tasks.stop_words import read_stop_words
-
-DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
 
 
 def check_train(config: TrainConfig) -> dict[str, DatasetReport]:

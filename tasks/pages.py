@@ -22,6 +22,7 @@ def as_html(markdown: str, title: str) -> str:
     style = (
         "body{font:14px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;vertical-align:top}"
+        "td{overflow-wrap:anywhere}"
         "img{max-width:100%}pre{background:#f4f4f4;padding:1em;overflow:auto}"
     )
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"

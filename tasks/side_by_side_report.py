@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from configs.judging import JudgedPairs, JudgedScores, Judgement
@@ -62,8 +62,9 @@ def scores_table(found: SideBySide) -> str:
     return pages.table(columns, rows)
 
 
-def differences_table(differences: Iterable[PairedDifference]) -> str:
+def differences_table(differences: Sequence[PairedDifference]) -> str:
     """One model against another, metric by metric."""
+    level = f"{100 * differences[0].confidence:g} % interval" if differences else "Interval"
     rows = [
         (
             SCORE_TITLES[each.metric],
@@ -75,7 +76,7 @@ def differences_table(differences: Iterable[PairedDifference]) -> str:
         )
         for each in differences
     ]
-    return pages.table(("Metric", "Difference", "Interval", "Better / worse rows", "McNemar p", "It is"), rows)
+    return pages.table(("Metric", "Difference", level, "Better / worse rows", "McNemar p", "It is"), rows)
 
 
 def _computed(found: SideBySide) -> str:

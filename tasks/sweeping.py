@@ -36,10 +36,9 @@ from configs.sweeps import (
     read_section,
     told,
 )
-from configs.train import TrainConfig, effective_through
+from configs.train import DATASETS, TrainConfig, effective_through
 from methods import contract
 from tasks import models, tracking, trains
-from tasks.checking import DATASETS
 from tasks.comparing import Comparison, compare_kept
 from tasks.evaluation import read_evaluation
 from tasks.files import held, read_record, write_record, write_text

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from configs.records import TrainRecord, TrainStatus
 from configs.resolve import ResolvedTrain, describe, effective
 from configs.settings import PROJECT_ROOT, Settings, load_settings
-from configs.train import TrainConfig
+from configs.train import DATASETS, TrainConfig
 from deployments.databases import EXPERIMENT, PROXIED_ARTIFACTS, mlflow_artifact_location
 from methods import contract
 from methods.registry import known_method
@@ -126,14 +126,26 @@ def log_parameters(run_id: str, values: Mapping[str, Any]) -> None:
 
 
 def log_config(record: TrainRecord) -> None:
-    """Record the resolved configuration: parameters, where each came from, and the file to repeat it with."""
+    """Record the resolved configuration: parameters, where each came from, and the file to repeat it with.
+
+    The datasets that are given become parameters by `log_versions`, when they are versions: a file and its copy by
+    the name of the version would be shown as different by MLflow's page, and a parameter cannot be changed.
+    """
     flat = flatten(record.config)
-    log_parameters(record.run_id, flat)
+    log_parameters(record.run_id, {name: flat[name] for name in flat if name not in DATASETS or flat[name] is None})
     origins = _origins(record)
     table = {name: {"value": value, "origin": origins[name]} for name, value in flat.items()}
     client = mlflow_client()
     client.log_dict(record.run_id, table, "config/parameters.json")
     client.log_text(record.run_id, train_yaml(record.config), "config/train.yaml")
+
+
+def log_versions(run_id: str, references: Mapping[str, str]) -> None:
+    """Record the dataset versions, by their fields, as parameters and as tags, which the table of the page shows."""
+    log_parameters(run_id, references)
+    client = mlflow_client()
+    for field, reference in references.items():
+        client.set_tag(run_id, f"tuneline.{field}", reference)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from configs.method_values import checked_values
 from configs.records import ModelRecord, SweepPlace, TrainRecord, TrainStatus, now
 from configs.resolve import copied_trains
 from configs.settings import Settings, load_settings
-from configs.train import TrainConfig
+from configs.train import DATASETS, TrainConfig
 from methods import contract
 from methods.registry import find_method
 from tasks import cancelling, models, tracking
-from tasks.checking import DATASETS, check_method, wanted_rows
+from tasks.checking import check_method, wanted_rows
 from tasks.dataset_report import write_report
 from tasks.datasets import describe_datasets, find_dataset, resolve_dataset, write_split
 from tasks.environments import packages_of
@@ -289,17 +289,17 @@ def prepare_datasets(record: TrainRecord) -> TrainRecord:
         version, share = versions["dataset"], config.validation_split
         train_rows, validation_rows = folder / "train_rows.jsonl", folder / "validation_rows.jsonl"
         write_split(version, share, config.hyperparameters.seed, train_rows, validation_rows)
+    references = {field: version.reference for field, version in versions.items()}
     warnings: list[str] = []
     if record.dataset is None:
+        tracking.log_versions(record.run_id, references)
         for field, version in versions.items():
             context = {"dataset": "training"}.get(field, field.removesuffix("_dataset"))
             tracking.log_dataset(record.run_id, version, context)
-            tracking.mlflow_client().set_tag(record.run_id, f"tuneline.{field}", version.reference)
         reports, warnings = describe_datasets(versions, record.base, record.base_path)
         for field, report in reports.items():
             files = write_report(folder, field, versions[field].reference, report)
             tracking.log_files(record.run_id, files, "datasets")
-    references: dict[str, Any] = {field: version.reference for field, version in versions.items()}
     return update_train(record.id, **references, warnings=[*record.warnings, *warnings])
 
 
@@ -614,6 +614,8 @@ def _tell_end(record: TrainRecord) -> None:
     try:
         if (train_folder(record.id) / "training" / _NOT_KEPT).exists():
             keep_files(record)
+        if record.dataset is None:  # it ended before its datasets were versions: what was asked for is shown then
+            tracking.log_parameters(record.run_id, tracking.flatten(record.config))
         if record.reason:
             tracking.mlflow_client().set_tag(record.run_id, "tuneline.reason", record.reason[:5000])
         page = as_html(report(record), record.id)

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.records import ModelRecord, TrainRecord
 from configs.resolve import resolve_train
 from configs.settings import Settings
-from configs.train import Hyperparameters, TrainConfig
+from configs.train import DATASETS, Hyperparameters, TrainConfig
 from tasks import deploying, endpoints, models, tracking, trains
 from tasks.files import write_record
 from tests.flows.tiny_trains import installation, processes_naming, resolved
@@ -146,6 +146,9 @@ def test_run_holds_every_parameter_and_where_it_came_from(place: Place, lora: Mo
     names = {*Hyperparameters.model_fields, *TrainConfig.model_fields} - {"hyperparameters", "method_params"}
     assert set(run.data.params) == names
     assert (run.data.params["lora_rank"], run.data.params["lora_alpha"]) == ("4", "8")
+    # By their versions: a copy, which names them so, does not differ in them.
+    versions = {name: getattr(record, name) for name in DATASETS if getattr(record, name) is not None}
+    assert versions.items() <= run.data.params.items()
     stored = tracking.mlflow_client().download_artifacts(record.run_id, "config/parameters.json", str(place.root))
     table = json.loads(Path(stored).read_text(encoding="utf-8"))
     assert set(table) == names
