@@ -593,7 +593,13 @@ PRESET_VALUES = {
     "nl2json-lora": (8, 3, 1e-4, 0.1, 0.01),
     "nl2code-lora": (8, 4, 1e-4, 0.1, 0.01),
 }
-OF_MODELS = {"baichuan2-7b-chat", "ernie-speed-full", "ernie-speed-lora", "codellama-7b-lora"}
+OF_MODELS = {
+    "baichuan2-7b-chat",
+    "ernie-speed-full",
+    "ernie-speed-lora",
+    "ernie-bot-turbo-prompt-tuning",
+    "codellama-7b-lora",
+}
 OF_EXAMPLES = {"qianfan-dpo", "quick-start", "sft-demo"}
 
 
