@@ -33,6 +33,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     mine = ("PREFECT_", "MLFLOW_", "TUNELINE_")
     ports = dict(zip(("TUNELINE_PREFECT_PORT", "TUNELINE_MLFLOW_PORT"), map(str, free_ports()), strict=True))
     made = {name: value for name, value in os.environ.items() if not name.startswith(mine)} | ports
+    made.pop("OMP_NUM_THREADS", None)  # one train at a time, of a model that is not tiny: with every core
     made["TUNELINE_HOME"] = str(tmp_path_factory.mktemp("demo") / "home")
     tuneline(made, "up")
     yield made
