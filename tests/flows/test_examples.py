@@ -132,9 +132,11 @@ def test_preset_reaches_the_configuration(file: Path) -> None:
         if name == "method":
             assert (resolved.config.method, resolved.origins[name]) == (value, f"preset {file.stem}")
             continue
-        assert name in Hyperparameters.model_fields
-        assert getattr(resolved.config.hyperparameters, name) == value
-        assert resolved.origins[f"hyperparameters.{name}"] == f"preset {file.stem}"
+        common = name in Hyperparameters.model_fields
+        given = resolved.config.hyperparameters.model_dump() if common else resolved.config.method_params
+        assert given[name] == value
+        place = "hyperparameters" if common else "method_params"
+        assert resolved.origins[f"{place}.{name}"] == f"preset {file.stem}"
     assert [warning for warning in resolved.warnings if "no effect" in warning or "overrides" in warning] == []
 
 
