@@ -121,7 +121,8 @@ def _xlam_schema(parameters: Mapping[str, Any], field: str) -> dict[str, Any]:
         if not isinstance(given, dict):
             raise wrong_type(f"{field}.{name}", given, "an object with the type of the parameter")
         kind, *notes = _top_level_parts(str(given.get("type", "any")))
-        optional = any("optional" in note for note in notes) or kind.lower().startswith("optional[") or "default" in given
+        noted = any("optional" in note for note in notes) or kind.lower().startswith("optional[")
+        optional = noted or "default" in given
         properties[name] = {**_python_type(kind), **{key: each for key, each in given.items() if key != "type"}}
         required += [] if optional else [name]
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
