@@ -15,11 +15,12 @@ from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
-from tasks.inference import Generation, answer_prompts, answer_requests
+from tasks.inference import Answer, Generation, answer_requests
 from tasks.serving_requests import predicted
 from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
+_TOOL_PROBE_TOKENS = 128  # calls are longer than the start of an answer
 _PROBES_FILE = "probes.json"
 _PROBE_SEED = 42
 _UNTRAINED_REQUESTS: dict[str, list[dict[str, Any]]] = {
@@ -108,15 +109,28 @@ def collect_probes(
     if of_type is not None or any("request" in probe for probe in stored):
         requests = [probe["request"] for probe in stored if "request" in probe] or of_type or []
         return _request_probes(model, requests, on_events)
-    conversations = [probe["messages"] for probe in stored] or _UNTRAINED_PROBES
+    asked = [_asked(probe) for probe in stored] or [{"messages": messages} for messages in _UNTRAINED_PROBES]
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
-    generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1)
-    answers = answer_prompts(model, conversations, generation, on_events)
+    tokens = _TOOL_PROBE_TOKENS if any("tools" in each for each in asked) else PROBE_TOKENS
+    generation = Generation(max_new_tokens=tokens, batch_size=1)
+    answers = [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
     ids = [probe["prompt_token_ids"] for probe in stored] or [answer.prompt_token_ids for answer in answers]
     return [
-        Probe(messages=messages, prompt_token_ids=tokens, answer=answer.answer, max_new_tokens=PROBE_TOKENS)
-        for messages, tokens, answer in zip(conversations, ids, answers, strict=True)
+        Probe(
+            **request,
+            prompt_token_ids=each,
+            # Servers differ in what they make of a call that breaks off or cannot be read.
+            answer=answer.answer if answer.broken_calls == 0 else None,
+            tool_calls=answer.tool_calls or [],
+            max_new_tokens=tokens,
+        )
+        for request, each, answer in zip(asked, ids, answers, strict=True)
     ]
+
+
+def _asked(probe: dict[str, Any]) -> dict[str, Any]:
+    """What the inference stage and the server are asked for a stored probe."""
+    return {name: probe[name] for name in ("messages", "tools") if name in probe}
 
 
 def _request_probes(

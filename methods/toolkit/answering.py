@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from methods import contract
+from methods.toolkit import tool_answers, tool_parsing
 from methods.toolkit.chat import RenderError, render_prompt
 from methods.toolkit.generating import Answer, Sampling, generate
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
@@ -21,14 +22,16 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of an answer with a thought has
     `thought` and `said` (both together, as a server returns it), that of a request with a `reference` has
-    `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds. Raises Refused for a request
+    `reference_logprob` and `reference_tokens` as well; a `reference` is a text, or a message with calls. That of a
+    request with `tools` has `tool_calls` (name and arguments of each), `broken_calls` (how many are unreadable) and
+    `content` (what is said beside them). Returns the path, counts, seconds. Raises Refused for a request
     that the chat template refuses.
     """
     requests = read_requests(job)
     prompts = [_prompt(tokenizer, number, request) for number, request in enumerate(requests, start=1)]
     torch.manual_seed(job.seed)
     expected = {
-        index: [*request["messages"], {"role": "assistant", "content": request["reference"]}]
+        index: [*request["messages"], _reference(request["reference"])]
         for index, request in enumerate(requests)
         if "reference" in request
     }
@@ -43,9 +46,24 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         on_progress=on_progress,
     )
     found = answer_likelihoods(
-        model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
+        model,
+        tokenizer,
+        list(expected.values()),
+        [requests[index].get("tools") for index in expected],
+        on_progress=lambda done: on_progress(len(prompts) + done),
     )
-    return write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)))
+    likelihoods = dict(zip(expected, found, strict=True))
+    called = {
+        index: tool_answers.read_calls(tokenizer, answer.marked, prompts[index], requests[index]["tools"])
+        for index, answer in enumerate(answers)
+        if requests[index].get("tools")
+    }
+    return write_predictions(job, prompts, answers, started, likelihoods, called)
+
+
+def _reference(reference: str | dict[str, Any]) -> dict[str, Any]:
+    """The wanted answer as a message."""
+    return {"role": "assistant", "content": reference} if isinstance(reference, str) else reference
 
 
 def _prompt(tokenizer: Any, number: int, request: dict[str, Any]) -> list[int]:
@@ -86,8 +104,9 @@ def write_predictions(
     answers: list[Answer],
     started: float,
     likelihoods: Mapping[int, Likelihood],
+    called: Mapping[int, tool_parsing.Parsed] | None = None,
 ) -> dict[str, object]:
-    """Write the answers as `answer_requests` says, with the likelihoods of some references, by their position.
+    """Write the answers as `answer_requests` says, with the likelihoods and calls of some, by their position.
 
     `started` is a reading of `time.monotonic`. Returns what the stage returns.
     """
@@ -102,6 +121,9 @@ def write_predictions(
             }
             if answer.whole is not None:
                 row |= {"thought": answer.thought, "said": answer.whole}
+            if called and index in called:
+                row |= {"tool_calls": called[index].calls, "broken_calls": called[index].broken}
+                row["content"] = called[index].content
             if index in likelihoods:
                 row |= {"reference_logprob": likelihoods[index].logprob, "reference_tokens": likelihoods[index].tokens}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

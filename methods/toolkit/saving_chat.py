@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing, processes
+from methods.toolkit import chat, merging, models, probing, processes, tokenizing
 
 
 def save_trained(
     job: contract.Job,
     trainer: Any,
     tokenizer: Any,
-    conversations: Iterable[list[chat.Message]],
+    conversations: Iterable[tokenizing.Conversation],
     outcome: dict[str, float],
 ) -> dict[str, object]:
     """Save the adapter (or the full weights), the tokenizer and the prompts of the first conversations as probes.
@@ -26,7 +25,7 @@ def save_trained(
     Returns the result of a training stage.
     """
     if job.is_main:
-        probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
+        probing.write_probes(job.output, tokenizer, conversations)
     return save_model(job, trainer, tokenizer, outcome)
 
 
