@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from methods import contract
+from methods.registry import find_method
 from methods.toolkit import images, vision_models, vision_rows
 from methods.toolkit.chat import IGNORED
 from methods.vision_language import check, training
