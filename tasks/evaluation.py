@@ -37,6 +37,7 @@ class Evaluation(BaseModel):
     scores: Scores
     rows: int
     hit_limit: int
+    thoughts: int = Field(default=0, description="Answers with a thought before them, which is not scored.")
     perplexity: float | None = Field(default=None, description="Of the references, by token; None: not asked for.")
     predictions: list[dict[str, Any]]
     row_scores: list[RowScores] = Field(
@@ -147,6 +148,7 @@ def score_answers(
         scores=summarise(scored, stop_words, confidence=options.confidence, by=by),
         rows=len(scored),
         hit_limit=sum(answer.hit_limit for _, _, answer in answered),
+        thoughts=sum(answer.thought is not None for _, _, answer in answered),
         perplexity=_perplexity([answer for _, _, answer in answered]),
         predictions=[
             _prediction(number, row, answer, figures)
