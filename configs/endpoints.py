@@ -65,7 +65,7 @@ class Probe(_Record):
 
     messages: list[dict[str, Any]] = Field(min_length=1, description="Chat messages as OpenAI's interface takes them.")
     tools: list[dict[str, Any]] | None = Field(default=None, description="Tools that the model may call, by schema.")
-    prompt_token_ids: list[int] = Field(min_length=1, description="What the training stage fed the model for them.")
+    prompt_token_ids: list[int] = Field(min_length=1, description="What the model's template makes of them today.")
     tool_calls: list[dict[str, Any]] = Field(
         default_factory=list, description="Name and arguments of each call in the greedy answer."
     )

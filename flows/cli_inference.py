@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,9 @@ MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method that asks a base model; by default the one of its type.")
 ]
 _VALUES_SHOWN = 8
+Thinking = Annotated[
+    Literal["auto", "on", "off"], typer.Option(help="Whether answers begin with a thought; auto: as the template does.")
+]
 
 
 def infer(
@@ -43,6 +46,7 @@ def infer(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 always gives the likeliest answer.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Start of the random choices.", min=0)] = 42,
+    thinking: Thinking = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Ask a model one question, without deploying it."""
@@ -59,7 +63,7 @@ def infer(
     cli_trains.embedded()
     from tasks.inference import Generation
 
-    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, thinking=thinking)
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     requests: dict[str, dict[str, Any]] = {
         "chat": {"messages": messages},
@@ -120,6 +124,8 @@ def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _
     if json_:
         print_json({"model": found.name, **answer.model_dump()})
         return
+    if answer.thought:
+        print(f"(thought: {answer.thought})", file=sys.stderr)
     print(answer.answer)
     if answer.hit_limit:
         print(f"(cut at {generation.max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)

@@ -11,7 +11,7 @@ import typer
 
 from configs.errors import UserError
 from configs.scoring import DEFAULT_CONFIDENCE, RULE_METRICS, SCORE_TITLES, ScoringOptions
-from flows.cli_inference import MethodOption
+from flows.cli_inference import MethodOption, Thinking
 from flows.printing import (
     MAIN_FIGURES,
     print_block,
@@ -104,6 +104,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Where the report of several goes.")
     ] = None,
+    thinking: Thinking = "auto",
     json_: Json = False,
 ) -> None:
     """Score the answers of a model, or of several side by side. They answer a dataset; recorded in MLflow."""
@@ -132,7 +133,7 @@ def evaluate(
     if version.kind not in TEXT_KINDS:
         _measure(candidates, version, samples, json_)
         return
-    generation = Generation(max_new_tokens=max_new_tokens)
+    generation = Generation(max_new_tokens=max_new_tokens, thinking=thinking)
     options = ScoringOptions(stop_words=stop_words, by=tuple(by), confidence=confidence)
     if preview and not _previewed(candidates, version, generation, options, metric, asked, json_):
         return
@@ -183,6 +184,8 @@ def _evaluate_one(
     print_mean_scores(outcome.scores, outcome.figures, outcome.model)
     if outcome.perplexity is not None:
         print(f"perplexity of the references: {outcome.perplexity:.3f}")
+    if outcome.thoughts:
+        print(f"{outcome.thoughts} answers begin with a thought, which is not scored")
     if outcome.failed:
         print_warning(f"{len(outcome.failed)} rows got no answer: {next(iter(outcome.failed.values()))}")
     print(f"rows of {outcome.dataset}")

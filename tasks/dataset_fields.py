@@ -21,6 +21,8 @@ class Turn(NamedTuple):
     role: str
     content: str
     field: str
+    thought: str | None = None
+    trained: bool = True
     more: Mapping[str, Any] = _NOTHING
 
 

@@ -26,7 +26,7 @@ def xlam_body(row: dict[str, object], dropped: list[str]) -> dict[str, Any]:
         raise wrong_type("answers", [], "a list of one call at least")
     asked = Turn("user", text(row["query"], "query"), "query")
     return tool_conversation(
-        [*system_turns(row), asked, Turn("assistant", "", "answers", {"tool_calls": calls})], tools
+        [*system_turns(row), asked, Turn("assistant", "", "answers", more={"tool_calls": calls})], tools
     )
 
 
@@ -89,7 +89,10 @@ def _glaive_turn(speaker: str, said: str, field: str, tools: list[Tool], dropped
     if role != "assistant" or not called:
         return Turn(role, said, field)
     return Turn(
-        role, before.strip(), field, {"tool_calls": calls_of(_glaive_call(after.strip(), field), field, tools, dropped)}
+        role,
+        before.strip(),
+        field,
+        more={"tool_calls": calls_of(_glaive_call(after.strip(), field), field, tools, dropped)},
     )
 
 

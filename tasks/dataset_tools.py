@@ -380,7 +380,8 @@ def joined(turns: Sequence[Turn]) -> list[Turn]:
     told: list[Turn] = []
     for turn in turns:
         calls = turn.more.get("tool_calls")
-        if calls and not turn.content and told and told[-1].role == "assistant":
+        apart = turn.content or turn.thought or not told or told[-1].role != "assistant"
+        if calls and not apart and told[-1].trained == turn.trained:
             before = told[-1]
             told[-1] = before._replace(more={**before.more, "tool_calls": [*before.more.get("tool_calls", []), *calls]})
         else:

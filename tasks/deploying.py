@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
 from tasks.inference import Answer, Generation, answer_requests
+from tasks.serving_checks import verify_prompts
 from tasks.serving_requests import predicted
 from tasks.targets import TARGETS
 
@@ -104,7 +106,8 @@ def collect_probes(
     A base model was not trained here: its probes are general ones, answered by its own inference stage.
     """
     file = model.path / _PROBES_FILE
-    stored = json.loads(file.read_text(encoding="utf-8"))["probes"] if file.exists() else []
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stored = content.get("probes", [])
     of_type = _UNTRAINED_REQUESTS.get(find_method(model.method).types[0])
     if of_type is not None or any("request" in probe for probe in stored):
         requests = [probe["request"] for probe in stored if "request" in probe] or of_type or []
@@ -112,20 +115,59 @@ def collect_probes(
     asked = [_asked(probe) for probe in stored] or [{"messages": messages} for messages in _UNTRAINED_PROBES]
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
     tokens = _TOOL_PROBE_TOKENS if any("tools" in each for each in asked) else PROBE_TOKENS
-    generation = Generation(max_new_tokens=tokens, batch_size=1)
-    answers = [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
-    ids = [probe["prompt_token_ids"] for probe in stored] or [answer.prompt_token_ids for answer in answers]
-    return [
+    answers = _answers(model, asked, Generation(max_new_tokens=tokens, batch_size=1), on_events)
+    probes = [
         Probe(
             **request,
-            prompt_token_ids=each,
-            # Servers differ in what they make of a call that breaks off or cannot be read.
-            answer=answer.answer if answer.broken_calls == 0 else None,
+            prompt_token_ids=answer.prompt_token_ids,
+            answer=_known_answer(answer),
             tool_calls=answer.tool_calls or [],
             max_new_tokens=tokens,
         )
-        for request, each, answer in zip(asked, ids, answers, strict=True)
+        for request, answer in zip(asked, answers, strict=True)
     ]
+    _require_trained(model, probes, stored, content.get("date"), on_events)
+    return probes
+
+
+def _require_trained(
+    model: ModelRecord,
+    probes: list[Probe],
+    stored: list[dict[str, Any]],
+    trained_on: str | None,
+    on_events: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Refuse a model whose template makes other prompts of the probes than it was trained with. Raises UserError.
+
+    A template that prints the date makes other ones every day: it is asked for those of the day of the training run.
+    """
+    trained = [
+        probe.model_copy(update={"prompt_token_ids": each["prompt_token_ids"]})
+        for probe, each in zip(probes, stored, strict=False)
+    ]
+    rendered = [probe.prompt_token_ids for probe in probes]
+    if trained_on is not None and rendered != [each.prompt_token_ids for each in trained]:
+        dated = Generation(max_new_tokens=1, batch_size=1, template_date=date.fromisoformat(trained_on))
+        asked = [_asked(probe.model_dump(exclude_none=True)) for probe in probes]
+        rendered = [answer.prompt_token_ids for answer in _answers(model, asked, dated, on_events)]
+    if trained:
+        verify_prompts(trained, rendered)
+
+
+def _answers(
+    model: ModelRecord,
+    asked: list[dict[str, Any]],
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None],
+) -> list[Answer]:
+    return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
+
+
+def _known_answer(answer: Answer) -> str | None:
+    """The answer as a server returns it; None where servers differ: a call that breaks off or cannot be read."""
+    if answer.broken_calls:
+        return None
+    return answer.answer if answer.said is None else answer.said
 
 
 def _asked(probe: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Evaluation(BaseModel):
     scores: Scores
     rows: int
     hit_limit: int
+    thoughts: int = Field(default=0, description="Answers with a thought before them, which is not scored.")
     perplexity: float | None = Field(default=None, description="Of the references, by token; None: not asked for.")
     predictions: list[dict[str, Any]]
     row_scores: list[RowScores] = Field(
@@ -177,6 +178,7 @@ def score_answers(
         scores=summarise(scored, stop_words, confidence=options.confidence, by=by),
         rows=len(scored),
         hit_limit=sum(answer.hit_limit for _, _, answer in answered),
+        thoughts=sum(answer.thought is not None for _, _, answer in answered),
         perplexity=_perplexity([answer for _, _, answer in answered]),
         predictions=[
             _prediction(number, row, answer, figures)
@@ -194,6 +196,7 @@ def _prediction(number: int, row: Mapping[str, Any], answer: Answer, figures: Ro
         "prompt": answer_text(messages[-2]) if len(messages) > 1 else "",
         "reference": answer_text(messages[-1]),
         "prediction": answered_text(row, answer),
+        **({"thought": answer.thought} if answer.thought else {}),
         "exact": figures.accuracy == 100.0,
         "hit_limit": answer.hit_limit,
         **({"extra": row["extra"]} if row.get("extra") else {}),

@@ -53,7 +53,7 @@ def verify_answers(
             raise UserError(
                 f"{where}: the server made {prompt_tokens} prompt tokens of it",
                 field="usage.prompt_tokens",
-                expected=f"{len(probe.prompt_token_ids)}, as trained on",
+                expected=f"{len(probe.prompt_token_ids)}, as the model's own template makes",
             )
         counted = counted and prompt_tokens is not None
         is_same = probe.answer is not None and _is_same(message, probe)

@@ -470,8 +470,8 @@ def test_results_belong_to_the_calls_before_them() -> None:
         return {**beside, "type": "function", "function": {"name": name, "arguments": {}}}
 
     turns = [
-        Turn("assistant", "", "", {"tool_calls": [function("a"), function("b", id="mine")]}),
-        Turn("tool", "of b", "", {"name": "b"}),
+        Turn("assistant", "", "", more={"tool_calls": [function("a"), function("b", id="mine")]}),
+        Turn("tool", "of b", "", more={"name": "b"}),
         Turn("tool", "of a", ""),
         Turn("tool", "of nobody", ""),
     ]
