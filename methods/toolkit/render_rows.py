@@ -37,8 +37,8 @@ def renderings(tokenizer: Any, kind: str, row: dict[str, Any]) -> Iterator[dict[
         tools = row.get("tools")
         start = len(render_prompt(tokenizer, row["prompt"], tools))
         for label, better, answer in _answers(kind, row):
-            found = render_conversation(tokenizer, [*row["prompt"], *answer], len(row["prompt"]), tools)
-            yield {"label": label, **_shown(tokenizer, found, start if better else None)}
+            said = render_conversation(tokenizer, [*row["prompt"], *answer], len(row["prompt"]), tools)
+            yield {"label": label, **_shown(tokenizer, said, start if better else None)}
     elif kind == "vision":
         yield {"label": "", **_rendered_text(tokenizer, row)}
     else:
