@@ -16,7 +16,7 @@ from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
-from tasks.inference import Answer, Generation, answer_requests
+from tasks.inference import Answer, Generation, answer_prompts, answer_requests
 from tasks.serving_checks import verify_prompts
 from tasks.serving_requests import predicted
 from tasks.targets import TARGETS
@@ -160,7 +160,8 @@ def _answers(
     generation: Generation,
     on_events: Callable[[list[dict[str, Any]]], None],
 ) -> list[Answer]:
-    return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
+    tools = [each.get("tools") for each in asked]
+    return answer_prompts(model, [each["messages"] for each in asked], generation, on_events, tools)
 
 
 def _known_answer(answer: Answer) -> str | None:

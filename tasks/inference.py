@@ -77,9 +77,17 @@ def answer_prompts(
     conversations: Sequence[list[Message]],
     generation: Generation,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
 ) -> list[Answer]:
-    """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled."""
-    asked = [{"messages": messages} for messages in conversations]
+    """The model's answers to the conversations, in order; `tools` are those of each.
+
+    Raises UserError, StageFailed, StageCancelled.
+    """
+    offered = tools or [None] * len(conversations)
+    asked = [
+        {"messages": messages, **({"tools": each} if each else {})}
+        for messages, each in zip(conversations, offered, strict=True)
+    ]
     return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
 
 
