@@ -51,10 +51,10 @@ class ChatModel:
         for field, harmless in _REFUSED.items():
             if body.get(field) not in harmless:
                 raise json_server.RequestRefused(f"{field} is not offered here", field)
-        prompt, seed = self._prompt(body), _number(body, "seed", None, int, 0, 2**32 - 1)
-        sampling = _sampling(body, self._room(prompt))
         if body.get("stream") and body.get("tools"):
             raise json_server.RequestRefused("stream is not offered here with tools", "stream")
+        prompt, seed = self._prompt(body), _number(body, "seed", None, int, 0, 2**32 - 1)
+        sampling = _sampling(body, self._room(prompt))
         if body.get("stream"):
             counted = bool((body.get("stream_options") or {}).get("include_usage"))
             return self._streamed(prompt, sampling, seed, counted)
