@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from methods.toolkit.chat import IGNORED, load_tokenizer, render_conversation, render_prompt
+from methods.toolkit.documents import document_ids
 
 EXAMPLES = 3
 
@@ -32,6 +33,9 @@ def renderings(tokenizer: Any, kind: str, row: dict[str, Any]) -> Iterator[dict[
         start = len(render_prompt(tokenizer, row["prompt"]))
         for label, better, answer in _answers(kind, row):
             yield {"label": label, **_rendered(tokenizer, [*row["prompt"], *answer], start if better else None)}
+    elif kind == "text":
+        ids = document_ids(tokenizer, row["text"])
+        yield {"label": "", "tokens": len(ids), "trained": len(ids), "parts": [(tokenizer.decode(ids), True)]}
     elif kind in ("chat_tools", "vision"):
         yield {"label": "", **_rendered_text(tokenizer, row)}
     else:
@@ -89,7 +93,7 @@ def _text(tokenizer: Any, row: dict[str, Any], messages: int, *, asked: bool) ->
 
 
 def _tokenizer(folder: str, kind: str) -> Any:
-    if kind in ("chat", "chat_tools", "preference", "ranking", "vision"):
+    if kind in ("chat", "chat_tools", "preference", "ranking", "vision", "text"):
         return load_tokenizer(folder)[0]
     from transformers import AutoTokenizer
 
