@@ -39,7 +39,9 @@ Shape = Literal[
 RequestedShape = Literal["auto", Shape]
 
 # What stored rows hold, whatever the shape of the file they came from. A method says which it trains on.
-Kind = Literal["chat", "chat_tools", "preference", "ranking", "pair", "triplet", "scored_pair", "vision", "caption", "text"]
+Kind = Literal[
+    "chat", "chat_tools", "preference", "ranking", "pair", "triplet", "scored_pair", "vision", "caption", "text"
+]
 
 KIND_OF_SHAPE: dict[Shape, Kind] = {
     "prompt_completion": "chat",

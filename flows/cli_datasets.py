@@ -22,7 +22,7 @@ _SHOWN = 300
 app = typer.Typer(help="Datasets: validated, stored once, never changed.", no_args_is_help=True)
 
 READS = (
-    "Formats: JSON Lines, JSON, CSV, Excel (.xlsx), Parquet, plain text (.txt, its documents separated by blank lines), "
+    "Formats: JSON Lines, JSON, CSV, Excel (.xlsx), Parquet, plain text (.txt, documents separated by blank lines), "
     "and a folder or an archive (.zip, .tar, .tar.gz) with a file of rows and images, with images that each have their "
     "caption in a .txt file beside them, or with .txt files that are a document each.\n\n"
     "Shapes, recognised or told with --shape: prompt and completion by columns, Alpaca, OpenAI messages and ShareGPT "

@@ -24,7 +24,9 @@ _VALUES_SHOWN = 8
 
 def infer(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask: a question, a text to go on from or to embed, what a picture shows.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to ask: a question, a text to go on from or to embed, what a picture shows.")
+    ],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     answer: Annotated[
         list[str], typer.Option("--answer", help="An answer that a reward model is to score; repeatable.")

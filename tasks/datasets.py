@@ -110,7 +110,9 @@ def describe_datasets(
         report = describe_version(versions["dataset"], against)
     reports["dataset"] = report
     if report.overlap is not None and report.overlap.prompts:
-        warnings.append(f"the training rows are not apart: {overlap_sentence(report.overlap, report.rows_kept, report.kind)}")
+        warnings.append(
+            f"the training rows are not apart: {overlap_sentence(report.overlap, report.rows_kept, report.kind)}"
+        )
     return reports, warnings
 
 

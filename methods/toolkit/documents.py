@@ -41,6 +41,11 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text as the model reads the start of a document; the end token where it would read nothing."""
+    return [*start_ids(tokenizer), *text_ids(tokenizer, text)] or [tokenizer.eos_token_id]
+
+
 def document_ids(tokenizer: Any, text: str) -> list[int]:
     """A document as it is trained: what the tokenizer puts before a text, the text, and the end token."""
     return [*start_ids(tokenizer), *text_ids(tokenizer, text), tokenizer.eos_token_id]
