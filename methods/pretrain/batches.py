@@ -59,9 +59,9 @@ def require_separation(model: Any) -> None:
     training = model.training
     model.eval()
     with torch.no_grad():
-        alone = model(input_ids=second).logits
-        together = model(input_ids=ids).logits[:, _PROBE_TOKENS:]
-        separate = model(input_ids=ids, position_ids=positions).logits[:, _PROBE_TOKENS:]
+        alone = model(input_ids=second, use_cache=False).logits
+        together = model(input_ids=ids, use_cache=False).logits[:, _PROBE_TOKENS:]
+        separate = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, _PROBE_TOKENS:]
     model.train(training)
     if float((separate - alone).abs().max()) > _SHARE * float((together - alone).abs().max()):
         raise Refused(
