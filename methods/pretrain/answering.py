@@ -19,7 +19,7 @@ def answer(job: contract.Job, base: str, adapter: str | None) -> dict[str, objec
     A request has a `text` to go on from, or `messages`; the requests of a job are of one sort.
     """
     job.phase("loading the model")
-    tokenizer, _ = chat.load_tokenizer(adapter or base)
+    tokenizer = chat.job_tokenizer(job, adapter or base)
     model = models.load_with_adapter(base, adapter, job.parameters["dtype"])
     if "evaluation_rows" in job.inputs:
         job.phase("measuring")

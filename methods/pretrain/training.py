@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from methods import contract
 from methods.pretrain import batches, blocks, probes
 from methods.toolkit import chat, memory, processes, saving_chat, training, tuning
+from methods.toolkit.chat_template import TemplateSettings
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -46,6 +47,15 @@ class Trainer(training.Repeatable, SFTTrainer):
         if "eval_loss" in logs:
             logs = {**logs, "eval_perplexity": float(torch.tensor(logs["eval_loss"]).exp())}
         super().log(logs, start_time)
+
+
+def _load_tokenizer(job: contract.Job) -> Any:
+    """The base model's tokenizer; documents do not say whether a model is served with thoughts, its template does."""
+    settings = TemplateSettings.of_job(job.parameters, job.inputs)
+    tokenizer, added = chat.load_tokenizer(job.inputs["base_model"], settings)
+    for text in added:
+        job.warning(text)
+    return tokenizer
 
 
 def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[Any, Any | None]:
@@ -118,7 +128,7 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
     job.phase("reading the data")
-    tokenizer = chat.training_tokenizer(job)
+    tokenizer = _load_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)
     job.phase("loading the model")
     model = prepare_model(job)

@@ -34,7 +34,7 @@ def answer_likelihoods(
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Likelihood]:
     """The likelihood of the last message of each conversation after the ones before it, as training renders them."""
-    rendered = [render_conversation(tokenizer, messages) for messages in conversations]
+    rendered = [render_conversation(tokenizer, messages, len(messages) - 1) for messages in conversations]
     spans = [Span(each.input_ids, each.prompt_length) for each in rendered]
     return span_likelihoods(model, tokenizer, spans, on_progress=on_progress)
 

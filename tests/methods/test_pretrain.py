@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.train import Hyperparameters
 from methods import contract
@@ -238,12 +238,13 @@ def test_a_template_that_takes_no_user_is_told_of_and_the_train_goes_on(
     shutil.copytree(tiny_model, base)
     (base / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
     bench.base = base
-    trainer = bench.build()
-    events = (trainer.job.folder / contract.EVENTS_FILE).read_text()
+    folder = bench.train(max_steps=1)
+    events = (folder / contract.EVENTS_FILE).read_text()
     assert "not be served by chat" in events
     assert "no users here" in events
-    first = probing.read_probes(trainer.job.output)[0]
-    assert first["prompt_token_ids"][:3] == documents.text_ids(trainer.processing_class, "The light in")[:3]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    first = probing.read_probes(folder / "output")[0]
+    assert first["prompt_token_ids"][:3] == documents.text_ids(tokenizer, "The light in")[:3]
 
 
 @pytest.mark.methods
@@ -300,4 +301,5 @@ def test_every_parameter_reaches_what_it_is_for(bench: Bench, field: str) -> Non
 
 def test_what_the_method_does_not_use_is_refused_and_not_ignored() -> None:
     unused = set(Hyperparameters.model_fields) - set(find_method("pretrain").hyperparameter_names)
-    assert unused == {"max_input_length", "max_content_length", "over_length", "num_generations"}
+    of_answers = {"train_on", "turns", "thinking", "chat_template_kwargs"}
+    assert unused == {"max_input_length", "max_content_length", "over_length", "num_generations"} | of_answers
