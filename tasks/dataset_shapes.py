@@ -38,6 +38,7 @@ _OF_OTHER_SHAPES = {
     *PROMPT_COLUMNS,
     *RANKED_COLUMNS,
     *("messages", "conversations", "role", "from", "output", "chosen", "rejected", "context", "target", "targets"),
+    *("label", "labels", "标签"),
 }
 """With one of these beside it, a text is more likely part of something else than a document."""
 _LISTED = "turns"  # what the reader calls a line that is a list
@@ -365,6 +366,8 @@ def _unrecognised(source: Source, item: ParsedRow, columns: Columns, shape: Requ
         problem = f"there is no column {missing[0]!r}{nearest(missing[0], there)}; there are: {listing(there)}"
     elif wanted:
         problem = f"only the column {wanted[0]!r} is named, and the other is not clear among: {listing(there)}"
+    elif shape == "auto" and _first(item.value, TEXT_COLUMNS):
+        mend = f"{mend}, or set the shape to text if each row is a document"
     elif shape != "auto":
         problem = f"the first rows do not have the columns of the shape {shape}; theirs are: {listing(there)}"
         expected = f"rows of the shape {shape}"

@@ -93,10 +93,10 @@ DEFECTS: dict[str, Defect] = {
     ),
     "unknown columns": Defect(
         "a.jsonl",
-        lines({"句子": "a", "标签": 1}),
+        lines({"text": "a", "标签": 1}),
         1,
-        "句子, 标签",
-        "the shape of the rows is not recognised; their columns are: 句子, 标签",
+        "text, 标签",
+        "the shape of the rows is not recognised; their columns are: text, 标签",
     ),
     "a text beside a prompt": Defect(
         "a.jsonl",
