@@ -14,7 +14,7 @@ from flows.printing import print_json, print_table
 
 if TYPE_CHECKING:
     from configs.records import ModelRecord
-    from tasks.inference import Generation
+    from tasks.inference import Answer, Generation
 
 MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method that asks a base model; by default the one of its type.")
@@ -27,7 +27,9 @@ Thinking = Annotated[
 
 def infer(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask: a question, a text to embed, what a picture is to show.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to ask: a question, a text to go on from or to embed, what a picture shows.")
+    ],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     answer: Annotated[
         list[str], typer.Option("--answer", help="An answer that a reward model is to score; repeatable.")
@@ -58,6 +60,8 @@ def infer(
     kind: str = asked_of.types[0] if asked_of.types[0] in _ASKING else "chat"
     if kind == "chat" and "chat" not in asked_of.evaluated_kinds:
         kind = "reward"
+    if "text" in asked_of.kinds:
+        kind = "text"
     given = {"--answer": answer, "--text": text, "--image": image, "--output": output, "--system": system}
     _refuse_other_options(kind, given)
     cli_trains.embedded()
@@ -71,6 +75,7 @@ def infer(
         "reward": {"prompt": messages, "answers": answer},
         "embedding": {"texts": [prompt, *text]},
         "image-generation": {"caption": prompt, "seed": seed},
+        "text": {"text": prompt},
     }
     if kind == "reward" and not answer:
         raise UserError("a reward model scores answers", field="--answer", expected="one or more answers to score")
@@ -105,6 +110,7 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
         "vision-language": ["--image", "--system"],
         "reward": ["--answer", "--system"],
         "embedding": ["--text"],
+        "text": [],
     }
     taken = known.get(kind, ["--output"])
     for name, value in given.items():
@@ -113,14 +119,25 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
                 "this option has no meaning for a model of this kind",
                 field=name,
                 value=value,
-                expected=", ".join(taken),
+                expected=", ".join(taken) or "none of them",
             )
 
 
 def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
     from tasks.inference import answer_prompts
 
-    answer = answer_prompts(found, [request["messages"]], generation)[0]
+    _show_answer(found, answer_prompts(found, [request["messages"]], generation)[0], generation, json_)
+
+
+def _continue(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
+    """Print how the model goes on after a text, which no template changes."""
+    from tasks.inference import Answer, answer_requests
+
+    answer = Answer.model_validate(answer_requests(found, [request], generation)[0])
+    _show_answer(found, answer, generation, json_)
+
+
+def _show_answer(found: ModelRecord, answer: Answer, generation: Generation, json_: bool) -> None:
     if json_:
         print_json({"model": found.name, **answer.model_dump()})
         return
@@ -175,4 +192,11 @@ def _draw(found: ModelRecord, request: dict[str, Any], generation: Generation, o
     print(output.absolute())
 
 
-_ASKING = {"chat": _chat, "vision-language": _chat, "reward": _reward, "embedding": _embed, "image-generation": _draw}
+_ASKING = {
+    "chat": _chat,
+    "vision-language": _chat,
+    "reward": _reward,
+    "embedding": _embed,
+    "image-generation": _draw,
+    "text": _continue,
+}

@@ -42,6 +42,7 @@ CURVES = {
     "mean_token_accuracy": "token_accuracy",
     "num_tokens": "tokens",
     "eval_loss": "eval_loss",
+    "eval_perplexity": "eval_perplexity",
     "eval_mean_token_accuracy": "eval_token_accuracy",
     "eval_ndcg_at_10": "eval_ndcg_at_10",
     "eval_mrr_at_10": "eval_mrr_at_10",
