@@ -218,13 +218,10 @@ def print_evaluation(base: Mapping[str, float] | None, tuned: Mapping[str, float
 @contextmanager
 def terminal_line(title: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A live line for a stage that runs outside a flow; yields the handler of its events."""
-    import logging
+    from tasks.progress import in_terminal
 
-    from tasks.progress import StageProgress, TerminalLine
-
-    line = TerminalLine(title)
-    with line.bar:
-        yield StageProgress(title, line, logging.getLogger("tuneline"), None).follow
+    with in_terminal(title) as progress:
+        yield progress.follow
 
 
 @app.command("list")
