@@ -114,13 +114,19 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
 
 
 def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
-    from tasks.inference import answer_prompts
+    from flows import cli_trains
+    from tasks.inference import Answer, measured_requests
 
-    answer = answer_prompts(found, [request["messages"]], generation)[0]
+    with cli_trains.terminal_line("answering") as follow:
+        predictions, speed = measured_requests(found, [request], generation, follow)
+    answer = Answer.model_validate(predictions[0])
     if json_:
-        print_json({"model": found.name, **answer.model_dump()})
+        told = {"speed": speed.model_dump() if speed is not None else None}
+        print_json({"model": found.name, **answer.model_dump(), **told})
         return
     print(answer.answer)
+    if speed is not None:
+        print(f"({speed.in_words()})", file=sys.stderr)
     if answer.hit_limit:
         print(f"(cut at {generation.max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
 

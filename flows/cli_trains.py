@@ -198,8 +198,16 @@ def show_outcome(record: TrainRecord) -> None:
     from tasks.models import list_models
 
     made = [model.name for model in list_models() if model.train == record.id]
+    became = {name: f"{each.value} ({each.origin}: {each.reason})" for name, each in record.resolved.items()}
     print_fields(
-        {"train": record.id, "status": record.status, "models": "\n".join(made), **record.outcome, "run": record.run_id}
+        {
+            "train": record.id,
+            "status": record.status,
+            "models": "\n".join(made),
+            **record.outcome,
+            **became,
+            "run": record.run_id,
+        }
     )
     if "tuned" in record.evaluation:
         print()

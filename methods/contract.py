@@ -99,7 +99,7 @@ class Job:
         self._emit("phase", name=name)
 
     def resolved(self, name: str, value: str, origin: str, reason: str) -> None:
-        """Report what the parameter `name`, given as `auto`, became; `origin` is what decided it, such as `hardware`."""
+        """Report what the parameter `name`, given as `auto`, became; `origin` decided it, such as `hardware`."""
         self._emit("resolved", name=name, value=value, origin=origin, reason=reason)
 
     def warning(self, text: str) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-import time
-from typing import Any, Literal
+from typing import Literal, cast, get_args
 
 from methods import contract
 
@@ -40,6 +39,14 @@ def inference_device() -> Device:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def kind_of(device: str) -> Device:
+    """The kind of a device as torch names it, such as `cuda:1`. Raises Refused for one of no known kind."""
+    for kind in get_args(Device):
+        if device.partition(":")[0] == kind:
+            return cast(Device, kind)
+    raise contract.Refused(f"device {device!r}: expected one of {', '.join(get_args(Device))}")
+
+
 def computes_bfloat16(device: Device) -> bool:
     """Whether the device has instructions for bfloat16 products, as torch reports it.
 
@@ -63,7 +70,8 @@ def _cuda() -> bool:
 def _mps() -> bool:
     import torch
 
-    return torch.backends.mps.is_macos_or_newer(14, 0) and not chip_name("mps").startswith(_EMULATING_CHIPS)
+    new_enough = bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    return new_enough and not chip_name("mps").startswith(_EMULATING_CHIPS)
 
 
 def _cpu() -> bool:
@@ -120,18 +128,23 @@ def chip_name(device: Device) -> str:
 
 
 def settle_dtype(job: contract.Job, device: Device) -> None:
-    """Put the number type that `auto` becomes in place of it in the job's parameters, report it, warn of emulation.
+    """Put the number type that `auto` becomes into the parameters of a training job, and report it; warn of emulation.
 
     Called before anything is loaded. A job that names no dtype is left alone.
     """
     chosen = job.parameters.get("dtype")
     if chosen is None:
         return
-    warning = emulation_warning(chosen, device)
-    if warning is not None:
-        job.warning(warning)
+    warn_of_emulation(job, device)
     resolved = resolve_dtype(chosen, device)
     if chosen == "auto":
         job.resolved("dtype", resolved, "hardware", describe(device))
         print(f"dtype auto is {resolved} on {describe(device)}", flush=True)
     job.parameters["dtype"] = resolved
+
+
+def warn_of_emulation(job: contract.Job, device: Device) -> None:
+    """Warn of a chosen number type that the device only emulates; called before anything is loaded."""
+    warning = emulation_warning(job.parameters["dtype"], device)
+    if warning is not None:
+        job.warning(warning)

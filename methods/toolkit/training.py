@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
-from methods.toolkit import processes
+from methods.toolkit import hardware, processes
 from methods.toolkit.checkpoints import remove_torn_checkpoints
 
 OPTIMIZERS = {
@@ -133,11 +133,12 @@ def training_arguments(job: contract.Job, *, has_validation: bool, **others: Any
 
 
 def weights_dtype(dtype: str, *, full: bool) -> str:
-    """The dtype that weights are loaded in for training, by name.
+    """The dtype that weights are loaded in for training, by name; for `auto` the one that the hardware computes.
 
     Gradients in float16 underflow without a loss scaler, which works on float32 weights and on a GPU only.
     Raises Refused where there is no such GPU.
     """
+    dtype = hardware.resolve_dtype(dtype, hardware.training_device())
     if dtype != "float16":
         return dtype
     if not torch.cuda.is_available():

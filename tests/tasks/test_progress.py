@@ -89,15 +89,11 @@ def test_a_phase_is_shown_instead_of_the_steps_before_it(progress: StageProgress
     assert progress.note().startswith("4/4")
 
 
-def test_what_auto_became_is_logged_with_its_origin(
-    progress: StageProgress, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_auto_became_is_logged_with_its_origin(progress: StageProgress, caplog: pytest.LogCaptureFixture) -> None:
     event = {"type": "resolved", "name": "dtype", "value": "float32", "origin": "hardware", "reason": "an old CPU"}
     with caplog.at_level(logging.INFO, logger="tests.progress"):
         progress.follow([event])
-    assert [record.message for record in caplog.records] == [
-        "training: dtype auto is float32 (hardware: an old CPU)"
-    ]
+    assert [record.message for record in caplog.records] == ["training: dtype auto is float32 (hardware: an old CPU)"]
 
 
 def test_a_terminal_that_is_not_live_gets_a_line_while_a_stage_reports_nothing(
