@@ -17,6 +17,7 @@ from methods.registry import Method, find_method
 from tasks import endpoints, models
 from tasks.inference import Generation, answer_prompts, answer_requests
 from tasks.serving_requests import predicted
+from tasks.stages import phase_event
 from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
@@ -58,7 +59,9 @@ def deploy_model(
     if model.stage != "base":
         # Before the switch: a registry that does not answer must not be left behind what is deployed.
         model = models.register_model(model)
+    on_events([phase_event("asking the model for its own answers")])
     probes = collect_probes(model, on_events)
+    on_events([phase_event("starting the server and comparing its prompts and answers")])
     served = endpoints.deploy(
         endpoint or endpoint_name(model.line),
         model.name,

@@ -90,6 +90,11 @@ _AnyEvent = _Metrics | _Progress | _Phase | _Resolved | _Warning | _Artifact
 _EVENT: TypeAdapter[_AnyEvent] = TypeAdapter(Annotated[_AnyEvent, Field(discriminator="type")])
 
 
+def phase_event(name: str) -> dict[str, Any]:
+    """The event of a phase that a task is in itself, between its stages."""
+    return {"type": "phase", "time": time.time(), "name": name}
+
+
 class StageCancelled(Exception):
     """The stage was asked to stop, has saved a checkpoint if it could, and has ended."""
 

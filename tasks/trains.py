@@ -272,9 +272,9 @@ def train_of_flow_run(flow_run_id: str) -> TrainRecord | None:
     return found[-1] if found else None
 
 
-def fetch_base(record: TrainRecord) -> TrainRecord:
+def fetch_base(record: TrainRecord, on_events: EventHandler = lambda events: None) -> TrainRecord:
     """Bring the base model to this host."""
-    name, path = models.base_folder(record.config.base_model, load_settings())
+    name, path = models.base_folder(record.config.base_model, load_settings(), on_events)
     tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", name)
     return update_train(record.id, base=name, base_path=path)
 
