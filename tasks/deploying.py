@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
+from tasks.hardware import ask_hardware
 from tasks.inference import Generation, answer_prompts, answer_requests
 from tasks.serving_requests import predicted
 from tasks.stages import phase_event
@@ -73,10 +75,21 @@ def deploy_model(
         program=program,
         base_path=model.base_path if model.adapter else None,
         port=port,
-        dtype=model.dtype,
+        dtype=_served_dtype(model, chosen),
     )
     models.set_alias(model, "deployed")
     return served
+
+
+def _served_dtype(model: ModelRecord, target: Target) -> str:
+    """The number type that the server loads the model in: that of the model's own answers.
+
+    `auto` means the checkpoint's own to `transformers serve`, which a processor may only emulate.
+    """
+    if model.dtype != "auto" or target != "transformers":
+        return model.dtype
+    found = ask_hardware(Path(sys.executable))
+    return found.auto_inference if found is not None else model.dtype
 
 
 def check_target(method: Method, target: str | None) -> Target:

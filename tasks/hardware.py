@@ -22,6 +22,7 @@ class Hardware(BaseModel):
     device: str
     described: str
     auto: str = Field(description="Number type that `dtype: auto` is on it.")
+    auto_inference: str = Field(description="The same where models answer: on a Mac that is the processor.")
     warnings: dict[str, str] = Field(description="Why a number type is slow on it, by its name.")
     gflops: float | None = Field(default=None, description="Float32 products: 10^9 operations a second by the clock.")
     cpu_share: float | None = Field(default=None, description="Share of the time in which its threads had a core.")

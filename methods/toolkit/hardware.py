@@ -64,7 +64,7 @@ def _cuda() -> bool:
     import torch
 
     majors = [torch.cuda.get_device_capability(index)[0] for index in range(torch.cuda.device_count())]
-    return min(majors) >= _FIRST_NATIVE_CAPABILITY
+    return bool(min(majors) >= _FIRST_NATIVE_CAPABILITY)
 
 
 def _mps() -> bool:
@@ -80,7 +80,7 @@ def _cpu() -> bool:
     # Without oneDNN torch has no bfloat16 matrix product that uses these instructions.
     features = torch.cpu.get_capabilities()
     wanted = _ARM_FEATURES if features.get("architecture") == "arm64" else _X86_FEATURES
-    return torch.backends.mkldnn.is_available() and any(features.get(name, False) for name in wanted)
+    return bool(torch.backends.mkldnn.is_available()) and any(features.get(name, False) for name in wanted)
 
 
 def resolve_dtype(name: str, device: Device | None = None) -> str:

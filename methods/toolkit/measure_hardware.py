@@ -47,6 +47,7 @@ def main() -> None:
             "device": device,
             "described": hardware.describe(device),
             "auto": hardware.resolve_dtype("auto", device),
+            "auto_inference": hardware.resolve_dtype("auto"),
             "warnings": {name: text for name, text in warnings.items() if text is not None},
             **(measured_speed(device) if "--speed" in sys.argv[1:] else {}),
         }

@@ -42,9 +42,7 @@ def test_progress_goes_on_token_by_token_within_a_batch(
     monkeypatch.setattr(generating, "_NOTE_SECONDS", 0.0)
     seen: list[tuple[float, str]] = []
     sampling = Sampling(max_new_tokens=12)
-    watched = generate(
-        model, tokenizer, prompts, sampling, batch_size=4, on_progress=lambda *told: seen.append(told)
-    )
+    watched = generate(model, tokenizer, prompts, sampling, batch_size=4, on_progress=lambda *told: seen.append(told))
     done = [each for each, _ in seen]
     assert done == sorted(done)
     assert done[-1] == len(prompts)
