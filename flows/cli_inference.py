@@ -14,7 +14,7 @@ from flows.printing import print_json, print_table
 
 if TYPE_CHECKING:
     from configs.records import ModelRecord
-    from tasks.inference import Answer, Generation
+    from tasks.inference import Generation
 
 MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method that asks a base model; by default the one of its type.")
@@ -124,26 +124,22 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
 
 
 def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
-    from tasks.inference import answer_prompts
+    """Print what the model answers, or how it goes on after a text."""
+    from flows import cli_trains
+    from tasks.inference import Answer, measured_requests
 
-    _show_answer(found, answer_prompts(found, [request["messages"]], generation)[0], generation, json_)
-
-
-def _continue(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
-    """Print how the model goes on after a text, which no template changes."""
-    from tasks.inference import Answer, answer_requests
-
-    answer = Answer.model_validate(answer_requests(found, [request], generation)[0])
-    _show_answer(found, answer, generation, json_)
-
-
-def _show_answer(found: ModelRecord, answer: Answer, generation: Generation, json_: bool) -> None:
+    with cli_trains.terminal_line("answering") as follow:
+        predictions, speed = measured_requests(found, [request], generation, follow)
+    answer = Answer.model_validate(predictions[0])
     if json_:
-        print_json({"model": found.name, **answer.model_dump()})
+        told = {"speed": speed.model_dump() if speed is not None else None}
+        print_json({"model": found.name, **answer.model_dump(), **told})
         return
     if answer.thought:
         print(f"(thought: {answer.thought})", file=sys.stderr)
     print(answer.answer)
+    if speed is not None:
+        print(f"({speed.in_words()})", file=sys.stderr)
     if answer.hit_limit:
         print(f"(cut at {generation.max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
 
@@ -198,5 +194,5 @@ _ASKING = {
     "reward": _reward,
     "embedding": _embed,
     "image-generation": _draw,
-    "text": _continue,
+    "text": _chat,
 }
