@@ -69,6 +69,9 @@ VALUE_SPELLINGS: dict[str, Mapping[str, tuple[str, ...]]] = {
     "lr_scheduler": _SCHEDULERS,
     "dtype": {"auto": (), "float32": ("fp32",), "bfloat16": ("bf16",), "float16": ("fp16",)},
     "over_length": {"drop": (), "truncate": (), "error": ()},
+    "train_on": {"all": (), "last": ()},
+    "turns": {"all": (), "last": ()},
+    "thinking": {"auto": (), "on": ("yes", "true"), "off": ("no", "false")},
 }
 _SWITCHES = {"true": ("yes", "on", "是", "开启"), "false": ("no", "off", "否", "关闭")}
 

@@ -64,7 +64,7 @@ class Probe(_Record):
     """One question whose prompt tokens, and answer, are known from training."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, description="Chat messages as OpenAI's interface takes them.")
-    prompt_token_ids: list[int] = Field(min_length=1, description="What the training stage fed the model for them.")
+    prompt_token_ids: list[int] = Field(min_length=1, description="What the model's template makes of them today.")
     answer: str | None = Field(default=None, description="Greedy answer of the model; None: not compared.")
     max_new_tokens: int = Field(default=64, ge=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,3 +107,8 @@ class TrainRecord(BaseModel):
         default_factory=dict, description="Scores in percent, by `base` and `tuned`."
     )
     outcome: dict[str, float] = Field(default_factory=dict, description="Steps, seconds and mean loss.")
+
+    @property
+    def template_date(self) -> date:
+        """The date that its chat template prints, in training and in evaluation, on whatever day they run."""
+        return self.config.template_date or self.created.date()

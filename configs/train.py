@@ -7,6 +7,7 @@ of it gives a warning (`configs.resolve`).
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -25,6 +26,10 @@ DATASETS = ("dataset", "validation_dataset", "evaluation_dataset")
 
 TRAIN_NAME_BYTES = 100
 """Longest name of a train in UTF-8: folders are named BASE_TRAIN_YYYYMMDD_xxxx_s_xxxx_d_xxxx_QUANT after it."""
+
+
+_GIVEN_TO_TEMPLATES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""What every rendering gives a chat template itself."""
 
 
 class Typical(TypedDict):
@@ -72,6 +77,18 @@ def _slug(value: str) -> str:
 def _train_name(value: str) -> str:
     if len(value.encode()) > TRAIN_NAME_BYTES:
         raise PydanticCustomError("train_name", "too long for the folders that are named after it")
+    return value
+
+
+def _switch_word(value: object) -> object:
+    # YAML 1.1 reads `on` and `off` as true and false.
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in _GIVEN_TO_TEMPLATES:
+            raise PydanticCustomError("template_variable", "not a variable that a chat template can be given")
     return value
 
 
@@ -130,6 +147,12 @@ Targets = Annotated[
     Field(json_schema_extra={"limits": "all-linear, or names of modules such as q_proj,v_proj"}),
 ]
 Text = Annotated[str, Field(min_length=1)]
+ThinkingMode = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch_word)]
+TemplateVariables = Annotated[
+    dict[str, Any],
+    AfterValidator(_template_variables),
+    Field(json_schema_extra={"limits": "an object such as {reasoning_effort: low}, by the template's own names"}),
+]
 
 
 class Hyperparameters(BaseModel):
@@ -326,6 +349,30 @@ class Hyperparameters(BaseModel):
         title="Group by length",
         description="Put rows of similar length in a batch: less padding.",
     )
+    train_on: Literal["all", "last"] = Field(
+        default="all",
+        title="Train on",
+        description="Which answers of a conversation are trained: all of them, or the last. An answer whose row gives "
+        "it the weight 0 is never trained.",
+    )
+    turns: Literal["all", "last"] = Field(
+        default="all",
+        title="Rewritten turns",
+        description="Where the chat template rewrites earlier turns (thoughts are stripped), a conversation becomes one "
+        "row for each answer (all), or one row for the last answer (last).",
+    )
+    thinking: ThinkingMode = Field(
+        default="auto",
+        title="Thinking",
+        description="Whether answers have a thought (reasoning) before them, in training, evaluation and serving alike. "
+        "auto: as the training rows have them.",
+    )
+    chat_template_kwargs: TemplateVariables = Field(
+        default_factory=dict,
+        title="Template variables",
+        description="Values of variables that the model's chat template reads, the same in training, evaluation and "
+        "serving.",
+    )
     seed: Whole = Field(
         default=42,
         ge=0,
@@ -407,6 +454,12 @@ class TrainConfig(BaseModel):
         ge=1,
         title="Answer length",
         description="Longest answer in evaluations, in tokens.",
+    )
+    template_date: date | None = Field(
+        default=None,
+        title="Template date",
+        description="Date that the chat template prints in training and evaluation, where it prints today's. Not set: "
+        "the day on which the training run begins.",
     )
     allow_refused_rows: bool = Field(
         default=False,

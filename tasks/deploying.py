@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
 from tasks.inference import Generation, answer_prompts, answer_requests
+from tasks.serving_checks import verify_prompts
 from tasks.serving_requests import predicted
 from tasks.targets import TARGETS
 
@@ -103,7 +105,8 @@ def collect_probes(
     A base model was not trained here: its probes are general ones, answered by its own inference stage.
     """
     file = model.path / _PROBES_FILE
-    stored = json.loads(file.read_text(encoding="utf-8"))["probes"] if file.exists() else []
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stored = content.get("probes", [])
     of_type = _UNTRAINED_REQUESTS.get(find_method(model.method).types[0])
     if of_type is not None or any("request" in probe for probe in stored):
         requests = [probe["request"] for probe in stored if "request" in probe] or of_type or []
@@ -112,11 +115,43 @@ def collect_probes(
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
     generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1)
     answers = answer_prompts(model, conversations, generation, on_events)
-    ids = [probe["prompt_token_ids"] for probe in stored] or [answer.prompt_token_ids for answer in answers]
-    return [
-        Probe(messages=messages, prompt_token_ids=tokens, answer=answer.answer, max_new_tokens=PROBE_TOKENS)
-        for messages, tokens, answer in zip(conversations, ids, answers, strict=True)
+    probes = [
+        Probe(
+            messages=messages,
+            prompt_token_ids=answer.prompt_token_ids,
+            answer=answer.answer if answer.said is None else answer.said,
+            max_new_tokens=PROBE_TOKENS,
+        )
+        for messages, answer in zip(conversations, answers, strict=True)
     ]
+    _require_trained(model, probes, stored, content.get("date"), on_events)
+    return probes
+
+
+def _require_trained(
+    model: ModelRecord,
+    probes: list[Probe],
+    stored: list[dict[str, Any]],
+    trained_on: str | None,
+    on_events: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Refuse a model whose template makes other prompts of the probes than it was trained with. Raises UserError.
+
+    A template that prints the date makes other ones every day: it is asked for those of the day of the training run.
+    """
+    trained = [
+        probe.model_copy(update={"prompt_token_ids": each["prompt_token_ids"]})
+        for probe, each in zip(probes, stored, strict=False)
+    ]
+    rendered = [probe.prompt_token_ids for probe in probes]
+    if trained_on is not None and any(
+        ids != each.prompt_token_ids for ids, each in zip(rendered, trained, strict=True)
+    ):
+        dated = Generation(max_new_tokens=1, batch_size=1, template_date=date.fromisoformat(trained_on))
+        asked = [probe.messages for probe in probes]
+        rendered = [answer.prompt_token_ids for answer in answer_prompts(model, asked, dated, on_events)]
+    if trained:
+        verify_prompts(trained, rendered)
 
 
 def _request_probes(

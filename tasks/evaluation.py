@@ -164,6 +164,7 @@ def _prediction(number: int, row: Mapping[str, Any], answer: Answer, figures: Ro
         "prompt": text_of(messages[-2]) if len(messages) > 1 else "",
         "reference": text_of(messages[-1]),
         "prediction": answer.answer,
+        **({"thought": answer.thought} if answer.thought else {}),
         "exact": figures.accuracy == 100.0,
         "hit_limit": answer.hit_limit,
         **({"extra": row["extra"]} if row.get("extra") else {}),

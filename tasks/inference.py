@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from configs.errors import UserError
 from configs.records import ModelRecord
 from configs.settings import load_settings
+from configs.train import TemplateVariables, ThinkingMode
 from methods.registry import StageName, find_method
 from tasks.gpus import borrowing_slot
 from tasks.stages import StageJob, run_stage
@@ -35,12 +37,22 @@ class Generation(BaseModel):
     top_k: int = Field(default=50, ge=0)
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=42, ge=0)
+    thinking: ThinkingMode = Field(default="auto", description="Whether answers have a thought; auto: as the template.")
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
+    template_date: date | None = Field(default=None, description="Date that templates print; None: today.")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What an inference stage is given as parameters."""
+        return self.model_dump(exclude={"seed", "template_date"})
 
 
 class Answer(BaseModel):
     """One answer and the prompt as the model saw it; how likely the reference is to the model, if that was asked."""
 
-    answer: str
+    answer: str = Field(description="Without the thought before it.")
+    thought: str | None = Field(default=None, description="What the model has thought before the answer.")
+    said: str | None = Field(default=None, description="Thought and answer as a server returns them; None: the answer.")
     tokens: int
     hit_limit: bool
     prompt_token_ids: list[int]
@@ -122,14 +134,18 @@ def _run(
     method, stage = find_method(model.method), inference_stage(model)
     job = StageJob(
         stage=stage,
-        parameters={**generation.model_dump(exclude={"seed"}), "dtype": model.dtype},
-        inputs={**inputs, **_weights(model)},
+        parameters={**generation.parameters, "dtype": model.dtype},
+        inputs={**inputs, **_weights(model), "date": _date(generation)},
         output=work / "output",
         seed=generation.seed,
     )
     python, file = method.stage_python(stage), method.stage_file(stage)
     with borrowing_slot(work.name, on_events):
         return run_stage(work, job, python, file, load_settings().grace_seconds, on_events)
+
+
+def _date(generation: Generation) -> str | None:
+    return generation.template_date.isoformat() if generation.template_date else None
 
 
 @contextmanager

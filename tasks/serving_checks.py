@@ -49,7 +49,7 @@ def verify_answers(
             raise UserError(
                 f"{where}: the server made {prompt_tokens} prompt tokens of it",
                 field="usage.prompt_tokens",
-                expected=f"{len(probe.prompt_token_ids)}, as trained on",
+                expected=f"{len(probe.prompt_token_ids)}, as the model's own template makes",
             )
         counted = counted and prompt_tokens is not None
         # White space around an answer is the decoder's doing, not the model's.

@@ -24,6 +24,7 @@ from configs.settings import Settings, load_settings
 from configs.train import DATASETS, TrainConfig
 from methods import contract
 from methods.registry import find_method
+from methods.toolkit.thoughts import rows_have_thoughts
 from tasks import cancelling, models, tracking
 from tasks.checking import check_method, wanted_rows
 from tasks.dataset_report import write_report
@@ -399,6 +400,7 @@ def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> Sta
             "base_model": str(record.base_path),
             "train_rows": str(train_rows),
             "validation_rows": str(validation_rows) if validation_rows else None,
+            "date": record.template_date.isoformat(),
             **method_inputs(record.config),
         },
         output=folder / "output",
@@ -553,7 +555,7 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
     version = find_dataset(record.evaluation_dataset)
     if version.kind not in TEXT_KINDS:
         return _measure_model(record, model, registered, which, version, on_events)
-    generation = Generation(max_new_tokens=record.config.max_new_tokens)
+    generation = evaluation_generation(record)
     options = scoring_options(record.config)
     outcome = evaluate(model, version, generation, record.config.evaluation_samples, on_events, options)
     keep_evaluation(record.run_id, outcome, which, models.logged_model_id(registered) if registered else None)
@@ -562,6 +564,18 @@ def evaluate_model(record: TrainRecord, model: ModelRecord, which: str, on_event
         models.note_evaluation(registered, outcome.figures)
     scores = {**record.evaluation, which: outcome.figures}
     return update_train(record.id, evaluation=scores)
+
+
+def evaluation_generation(record: TrainRecord) -> Generation:
+    """How the models of a train answer rows: greedily, with the chat template as in its training."""
+    config = record.config
+    given: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "template_date": record.template_date}
+    if "thinking" in find_method(config.method).hyperparameter_names:
+        thinking = config.hyperparameters.thinking
+        if thinking == "auto":
+            thinking = "on" if rows_have_thoughts(training_rows(record)[0]) else "off"
+        given |= {"thinking": thinking, "chat_template_kwargs": config.hyperparameters.chat_template_kwargs}
+    return Generation(**given)
 
 
 def _measure_model(

@@ -152,6 +152,7 @@ def build_trainer(
         every = p["evaluation_steps"] or batches * p["num_iterations"]
         callbacks.append(RewardEvaluation(job, tokenizer, functions, validation, every))
     callbacks.append(training.CheckpointKeeper(job))
+    model.generation_config.eos_token_id = chat.end_tokens(tokenizer)  # where the library ends an answer
     with tuning.refusing():
         trainer = Trainer(
             model=model,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from methods.toolkit import chat, chat_rows, probing, tokenizing
 
 def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[list[Any], list[Any] | None]:
     """Tokenise the training and validation rows and report what was kept and cut."""
-    return chat_rows.prepare_rows(job, tokenizer, tokenizing.tokenise_rows)
+    turns = tokenizing.Turns.of_job(job.parameters)
+    return chat_rows.prepare_rows(job, tokenizer, partial(tokenizing.tokenise_rows, turns=turns))
 
 
 def prepare_model(job: contract.Job) -> Any:

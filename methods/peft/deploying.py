@@ -59,7 +59,7 @@ class ChatModel:
         with self._alone:
             _start_at(seed)
             answer = generating.generate(self.model, self.tokenizer, [prompt], sampling)[0]
-        message = {"role": "assistant", "content": answer.text}
+        message = {"role": "assistant", "content": answer.said}
         choice = {"index": 0, "message": message, "finish_reason": _reason(answer), "logprobs": None}
         return {**self._head("chat.completion"), "choices": [choice], "usage": _usage(prompt, answer)}
 

@@ -220,6 +220,7 @@ def build_trainer(
         lam=p["gae_lambda"],
     )
     padding = copy.deepcopy(tokenizer)
+    padding.eos_token = chat.answer_end(tokenizer)  # what ends an answer, which need not be what ends a text
     set_pad_apart(padding, rows)
     # Nothing of the model's own settings, such as a penalty for repetition, may bend the sampled probabilities.
     actor.generation_config = GenerationConfig(pad_token_id=padding.pad_token_id, bos_token_id=padding.bos_token_id)
@@ -255,11 +256,12 @@ def save(
 ) -> dict[str, object]:
     """Save the actor (its adapter, or its full weights), the tokenizer and the probe prompts; not the critic."""
     actor = trainer.accelerator.unwrap_model(trainer.model).policy
+    generation.eos_token_id = chat.end_tokens(tokenizer)
     actor.generation_config = generation
     rows = islice(tokenizing.read_messages(Path(job.inputs["train_rows"]), -1), probing.PROBE_ROWS)
     probing.write_probes(job.output, tokenizer, [messages for _, messages in rows])
     actor.save_pretrained(job.output)
-    tokenizer.save_pretrained(job.output)
+    chat.save_tokenizer(tokenizer, job.output)
     return {"model": str(job.output), "adapter": isinstance(actor, PeftModel), **outcome}
 
 

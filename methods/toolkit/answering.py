@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from methods import contract
-from methods.toolkit.chat import render_prompt
+from methods.toolkit.chat import RenderError, render_prompt
 from methods.toolkit.generating import Answer, Sampling, generate
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
 
@@ -19,11 +19,13 @@ from methods.toolkit.likelihood import Likelihood, answer_likelihoods
 def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, object]:
     """Answer `inputs.requests` (JSON lines with `messages`) into `predictions.jsonl` of the job's output folder.
 
-    Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of a request with a `reference`
-    has `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds.
+    Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of an answer with a thought has
+    `thought` and `said` (both together, as a server returns it), that of a request with a `reference` has
+    `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds. Raises Refused for a request
+    that the chat template refuses.
     """
     requests = read_requests(job)
-    prompts = [render_prompt(tokenizer, request["messages"]) for request in requests]
+    prompts = [_prompt(tokenizer, number, request) for number, request in enumerate(requests, start=1)]
     torch.manual_seed(job.seed)
     expected = {
         index: [*request["messages"], {"role": "assistant", "content": request["reference"]}]
@@ -44,6 +46,14 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
     )
     return write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)))
+
+
+def _prompt(tokenizer: Any, number: int, request: dict[str, Any]) -> list[int]:
+    try:
+        return render_prompt(tokenizer, request["messages"], request.get("tools"))
+    except RenderError as error:
+        way_out = "Remove the row, or use a model whose template takes it."
+        raise contract.Refused(f"row {number}: {error}. {way_out}") from error
 
 
 def read_requests(job: contract.Job) -> list[dict[str, Any]]:
@@ -90,6 +100,8 @@ def write_predictions(
                 "hit_limit": answer.hit_limit,
                 "prompt_token_ids": prompt,
             }
+            if answer.whole is not None:
+                row |= {"thought": answer.thought, "said": answer.whole}
             if index in likelihoods:
                 row |= {"reference_logprob": likelihoods[index].logprob, "reference_tokens": likelihoods[index].tokens}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

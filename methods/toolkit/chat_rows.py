@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ Tokenise = Callable[[Any, Path, tokenizing.Limits, int], tuple[Any, tokenizing.R
 def prepare_rows(
     job: contract.Job,
     tokenizer: Any,
-    tokenise: Tokenise = tokenizing.tokenise,
+    tokenise: Tokenise | None = None,
     tokenise_validation: Tokenise | None = None,
 ) -> tuple[Any, Any | None]:
     """Tokenise the training and validation rows of the job and report what was kept and cut.
@@ -24,6 +25,7 @@ def prepare_rows(
     second None without validation rows. Raises Refused.
     """
     p = job.parameters
+    tokenise = tokenise or partial(tokenizing.tokenise, turns=tokenizing.Turns.of_job(p))
     limits = tokenizing.Limits(p["max_seq_length"], p["max_input_length"], p["max_content_length"], p["over_length"])
     rows, report = tokenise(tokenizer, Path(job.inputs["train_rows"]), limits, p["max_samples"])
     reports = {"train": report}

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from methods.toolkit import chat, thoughts
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,11 +23,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its text, its length in tokens, and whether the length limit cut it off."""
+    """One answer: its text, its length in tokens, and whether the length limit cut it off.
+
+    `thought` is what the model has written before the answer for itself, None for nothing; `whole` is all that it has
+    written, as a server returns it (None: the same as `text`).
+    """
 
     text: str
     tokens: int
     hit_limit: bool
+    thought: str | None = None
+    whole: str | None = None
+
+    @property
+    def said(self) -> str:
+        """All that the model has written, its thought included."""
+        return self.text if self.whole is None else self.whole
 
 
 def generate(
@@ -99,7 +112,10 @@ def _generate_batch(
             embedded, mask = behind_padding(trained, model.get_input_embeddings()(ids), mask)
             output = model.get_base_model().generate(inputs_embeds=embedded, attention_mask=mask, **told)
     ends = end_tokens(model, tokenizer)
-    return [as_answer(tokenizer, row.tolist(), ends, sampling.max_new_tokens) for row in output]
+    return [
+        as_answer(tokenizer, row.tolist(), ends, sampling.max_new_tokens, opened=_opens_thought(tokenizer, prompt))
+        for prompt, row in zip(prompts, output, strict=True)
+    ]
 
 
 def trained_prompt(model: Any) -> Any | None:
@@ -145,14 +161,31 @@ def arguments(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
+    """Every token that ends an answer: those of the tokenizer and template, and of the model's generation settings."""
     configured = model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured] if configured is not None else []
-    return sorted({tokenizer.eos_token_id, *ends})
+    return sorted({*chat.end_tokens(tokenizer), *ends})
 
 
-def as_answer(tokenizer: Any, ids: list[int], ends: list[int], limit: int) -> Answer:
-    """The answer that generated tokens are, up to the first one that ends it."""
+def as_answer(tokenizer: Any, ids: list[int], ends: list[int], limit: int, *, opened: bool = False) -> Answer:
+    """The answer that generated tokens are, up to the first one that ends it; `opened`: the prompt opens a thought."""
     length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
-    return Answer(text, length, hit_limit=length == limit)
+    whole = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+    # The marks of a thought or a channel may be special tokens, which `whole` lacks.
+    marked = tokenizer.decode(ids[:length], skip_special_tokens=False)
+    thought, answer = thoughts.split_answer(marked, opened=opened)
+    if answer == marked:
+        return Answer(whole, length, hit_limit=length == limit)
+    text = without_special(tokenizer, answer).strip()
+    return Answer(text, length, length == limit, thought and without_special(tokenizer, thought), whole)
+
+
+def without_special(tokenizer: Any, text: str) -> str:
+    """The text without the special tokens of the tokenizer."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text
+
+
+def _opens_thought(tokenizer: Any, prompt: list[int]) -> bool:
+    return thoughts.leaves_open(tokenizer.decode(prompt[-8:]))

@@ -21,7 +21,7 @@ def answer_complete(job: contract.Job) -> dict[str, object]:
 
 def _answer(job: contract.Job, base: str, adapter: str | None) -> dict[str, object]:
     job.phase("loading the model")
-    tokenizer, _ = chat.load_tokenizer(adapter or base)
+    tokenizer = chat.job_tokenizer(job, adapter or base)
     model = models.load_with_adapter(base, adapter, job.parameters["dtype"])
     job.phase("answering")
     if "evaluation_rows" in job.inputs:

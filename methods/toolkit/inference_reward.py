@@ -27,7 +27,7 @@ def score_complete(job: contract.Job) -> dict[str, object]:
 def _score(job: contract.Job, base: str, adapter: str | None) -> dict[str, object]:
     job.phase("loading the model")
     torch.manual_seed(job.seed)  # a base model has no head: its scores are by chance, and the same each time
-    tokenizer, _ = chat.load_tokenizer(adapter or base)
+    tokenizer = chat.job_tokenizer(job, adapter or base)
     model = models.load_with_adapter(base, adapter, job.parameters["dtype"], models.load_scorer)
     job.phase("scoring")
     if "evaluation_rows" in job.inputs:

@@ -27,7 +27,7 @@ def answer_likelihoods(
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Likelihood]:
     """The likelihood of the last message of each conversation after the ones before it, as training renders them."""
-    rendered = [render_conversation(tokenizer, messages) for messages in conversations]
+    rendered = [render_conversation(tokenizer, messages, len(messages) - 1) for messages in conversations]
     order = sorted(range(len(rendered)), key=lambda index: len(rendered[index].input_ids), reverse=True)
     found: dict[int, Likelihood] = {}
     while len(found) < len(order):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +9,17 @@ from random import Random
 from typing import Any, Literal
 
 from methods.contract import Refused
-from methods.toolkit.chat import IGNORED, Message, Rendered, render_conversation, render_prompt
-from methods.toolkit.tokenizing import Limits, RowReport, excess_of, note, shorten_question
+from methods.toolkit.chat import (
+    IGNORED,
+    Message,
+    Rendered,
+    RenderError,
+    Tools,
+    has_thought,
+    render_conversation,
+    render_prompt,
+)
+from methods.toolkit.tokenizing import Limits, RowReport, excess_of, note, read_rows, shorten_question
 
 Ranking = Literal["best", "all"]
 """Which pairs a ranked row gives: the best answer with each worse one, or each answer with each worse one."""
@@ -26,6 +34,13 @@ class Pair:
     chosen: list[Message]
     rejected: list[Message]
     gap: float | None = None
+    tools: Tools = None
+
+    @property
+    def thinking(self) -> bool:
+        """Whether an answer of the pair holds a thought: both follow one prompt, so it decides for both."""
+        said = (*self.chosen, *self.rejected)
+        return any(has_thought(message) for message in said if message["role"] == "assistant")
 
 
 @dataclass
@@ -49,13 +64,13 @@ class PairReport(RowReport):
 
 def read_pairs(path: Path, limit: int, ranking: Ranking = "best") -> Iterator[Pair]:
     """Yield the pairs of stored rows, preferences or rankings; of at most `limit` rows, -1 for all."""
-    for row in _rows(path, limit):
+    for row in read_rows(path, limit):
         yield from _pairs(row, ranking)
 
 
 def read_conversations(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:
     """Yield (line in the source file, the conversation with its best answer) of at most `limit` rows, -1 for all."""
-    for row in _rows(path, limit):
+    for row in read_rows(path, limit):
         best = _pairs(row, "best")[0]
         yield best.line, [*best.prompt, *best.chosen]
 
@@ -73,7 +88,7 @@ def pair_tokeniser(
     def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tuple[Any, PairReport]:
         from datasets import Dataset
 
-        groups = [_pairs(row, ranking) for row in _rows(path, max_samples)]
+        groups = [_pairs(row, ranking) for row in read_rows(path, max_samples)]
         report = PairReport(read=len(groups), pairs=sum(map(len, groups)))
         random = Random(seed)  # noqa: S311 - not a secret
         rows: list[dict[str, Any]] = []
@@ -116,21 +131,13 @@ def _after(first: Pair | None, second: Pair) -> Pair:
 def _fits(tokenizer: Any, pair: Pair, limits: Limits) -> bool:
     try:
         return _excess(_sides(tokenizer, pair, pair.prompt), limits) is None
-    except ValueError:
+    except RenderError:
         return False
-
-
-def _rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file):
-            if number == limit:
-                return
-            yield json.loads(line)
 
 
 def _pairs(row: dict[str, Any], ranking: Ranking) -> list[Pair]:
     if "chosen" in row:
-        return [Pair(row["line"], row["prompt"], row["chosen"], row["rejected"])]
+        return [Pair(row["line"], row["prompt"], row["chosen"], row["rejected"], tools=row.get("tools"))]
     ranked = sorted(zip(row["scores"], row["answers"], strict=True), key=lambda each: -each[0])
     betters = ranked[:1] if ranking == "best" else ranked
     return [
@@ -148,7 +155,7 @@ def _said(answer: str) -> list[Message]:
 def _render(tokenizer: Any, pair: Pair, limits: Limits, report: PairReport) -> tuple[Rendered, Rendered] | None:
     try:
         sides = _sides(tokenizer, pair, pair.prompt)
-    except ValueError as error:
+    except RenderError as error:
         report.not_renderable += 1
         note(report, f"line {pair.line}: {error}")
         return None
@@ -182,9 +189,12 @@ def _render(tokenizer: Any, pair: Pair, limits: Limits, report: PairReport) -> t
 
 def _sides(tokenizer: Any, pair: Pair, prompt: list[Message]) -> tuple[Rendered, Rendered]:
     """Both conversations as tokens; everything after the first header of an answer counts as answer."""
-    before = len(render_prompt(tokenizer, prompt))
+    setting = getattr(tokenizer, "thinking", "auto")
+    thinking = pair.thinking if setting == "auto" else setting == "on"
+    before = len(render_prompt(tokenizer, prompt, pair.tools, thinking))
     chosen, rejected = (
-        render_conversation(tokenizer, [*prompt, *side], start=len(prompt)) for side in (pair.chosen, pair.rejected)
+        render_conversation(tokenizer, [*prompt, *side], len(prompt), pair.tools, thinking)
+        for side in (pair.chosen, pair.rejected)
     )
     return (
         Rendered(chosen.input_ids, chosen.labels, before),
@@ -205,7 +215,7 @@ def _truncate(
     answer_room = min(answer_length, limits.answer or answer_length, limits.sequence)
     prompt_room = min(limits.prompt or limits.sequence, limits.sequence - min(answer_room, limits.sequence // 2))
     if prompt_length > prompt_room:
-        prompt = shorten_question(tokenizer, [*pair.prompt, pair.chosen[0]], prompt_room)[:-1]
+        prompt = shorten_question(tokenizer, [*pair.prompt, pair.chosen[0]], prompt_room, pair.tools)[:-1]
         sides = _sides(tokenizer, pair, prompt)
     end = min(limits.sequence, sides[0].prompt_length + answer_room)
     chosen, rejected = (

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from methods import contract
 from methods.toolkit import generating, processes
 from methods.toolkit.chat import Message, render_prompt, text_of
+from methods.toolkit.chat_template import fixed_date
 from methods.toolkit.tokenizing import read_messages
 
 PROBE_ROWS = 4
@@ -27,7 +28,7 @@ def write_probes(folder: Path, tokenizer: Any, conversations: list[list[Message]
         {"messages": messages[:-1], "prompt_token_ids": render_prompt(tokenizer, messages[:-1])}
         for messages in conversations
     ]
-    contract.write_json(folder / PROBES_FILE, {"probes": probes})
+    contract.write_json(folder / PROBES_FILE, {"probes": probes, "date": fixed_date(tokenizer)})
 
 
 def write_scored(folder: Path, texts: list[tuple[list[Message], list[int]]]) -> None:

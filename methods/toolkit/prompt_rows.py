@@ -8,7 +8,7 @@ from typing import Any
 from methods import contract
 from methods.contract import Refused
 from methods.toolkit import row_reports, tokenizing
-from methods.toolkit.chat import Message, render_prompt
+from methods.toolkit.chat import Message, RenderError, render_prompt
 from methods.toolkit.tokenizing import RowReport, note
 
 
@@ -83,7 +83,7 @@ def _fitted(
     limit = prompt_limit(p)
     try:
         length = len(render_prompt(tokenizer, messages[:-1]))
-    except ValueError as error:
+    except RenderError as error:
         report.not_renderable += 1
         note(report, f"line {line}: {error}")
         return None

@@ -40,7 +40,7 @@ class RewardEvaluation(TrainerCallback):
 
     def _evaluate(self, model: Any, state: Any) -> None:
         answers = self._answers(getattr(model, "policy", model))
-        texts = [answer.text for answer in answers]
+        texts = [answer.said for answer in answers]
         columns = {
             "reference": [row["reference"] for row in self.rows],
             "line": [row["line"] for row in self.rows],

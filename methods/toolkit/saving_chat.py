@@ -35,15 +35,20 @@ def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[st
 
     Of several processes the main one writes.
     """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # What a server stops at: where the template ends a turn with another token than the base stops at, it is added.
+    model.generation_config.eos_token_id = chat.end_tokens(tokenizer)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(job.output))  # gathers the parts of all processes
         (job.output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
     elif job.is_main:
         trainer.model.save_pretrained(job.output)
+    adapter = isinstance(model, PeftModel)
     if job.is_main:
-        tokenizer.save_pretrained(job.output)
+        chat.save_tokenizer(tokenizer, job.output)
+        if adapter:
+            model.generation_config.save_pretrained(job.output)
     processes.wait_for_all()
-    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     return {"model": str(job.output), "adapter": adapter, **outcome}
 
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from methods.contract import Refused
-from methods.toolkit.chat import Message, Rendered, render_conversation, render_prompt
+from methods.toolkit.chat import (
+    Message,
+    Rendered,
+    RenderError,
+    RewrittenError,
+    Tools,
+    answers_of,
+    has_thought,
+    render_conversation,
+    render_prompt,
+)
 
 
 @dataclass
@@ -23,11 +33,37 @@ class Limits:
     over_length: str
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Which answers of a conversation are trained.
+
+    `train_on`: all of them, or the last. `rewritten`: where the template rewrites earlier turns, so that no single row
+    holds every answer behind its own prompt, a row for each answer (all), or one for the last.
+    """
+
+    train_on: Literal["all", "last"] = "all"
+    rewritten: Literal["all", "last"] = "all"
+
+    @classmethod
+    def of_job(cls, parameters: dict[str, Any]) -> Turns:
+        """What the job's parameters say; a method without them trains on all answers."""
+        return cls(parameters.get("train_on", "all"), parameters.get("turns", "all"))
+
+
 @dataclass
 class RowReport:
-    """What became of the rows, in numbers, for the preflight and the record."""
+    """What became of the rows, in numbers, for the preflight and the record.
+
+    A conversation that the template rewrites becomes several rows: `split` counts such conversations, `added` the rows
+    that came to those read. `answers_untrained` counts answers that are only read (weight 0, or not the last),
+    `thoughts_left_out` the conversations whose thoughts are not trained.
+    """
 
     read: int = 0
+    split: int = 0
+    added: int = 0
+    answers_untrained: int = 0
+    thoughts_left_out: int = 0
     kept: int = 0
     dropped_over_length: int = 0
     truncated: int = 0
@@ -47,31 +83,45 @@ class RowReport:
     @property
     def lost(self) -> int:
         """How many were left out."""
-        return self.read - self.kept
+        return self.read + self.added - self.kept
 
     def in_words(self) -> str:
         """The counts in one line of the log."""
-        return (
-            f"{self.kept} of {self.read} rows, {self.tokens} tokens, {self.supervised_share:.1%} of them trained, "
-            f"longest row {self.longest}"
-        )
+        parts = [
+            f"{self.kept} of {self.read + self.added} rows",
+            f"{self.tokens} tokens, {self.supervised_share:.1%} of them trained",
+            f"longest row {self.longest}",
+        ]
+        if self.split:
+            parts.append(f"{self.split} conversations became a row for each answer (the template rewrites turns)")
+        if self.answers_untrained:
+            parts.append(f"{self.answers_untrained} answers read only")
+        if self.thoughts_left_out:
+            parts.append(f"thoughts of {self.thoughts_left_out} rows left out")
+        return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """All counts and the supervised share."""
         return {**asdict(self), "supervised_share": self.supervised_share}
 
 
-def read_messages(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:
-    """Yield (line in the source file, messages) of a stored dataset; at most `limit` rows, -1 for all."""
-    with path.open(encoding="utf-8") as file:
+def read_rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield the stored rows of a dataset; at most `limit`, -1 for all."""
+    with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file):
             if number == limit:
                 return
-            row = json.loads(line)
-            yield row["line"], row["messages"]
+            yield json.loads(line)
 
 
-def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tuple[Any, RowReport]:
+def read_messages(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:
+    """Yield (line in the source file, messages) of a stored dataset; at most `limit` rows, -1 for all."""
+    return ((row["line"], row["messages"]) for row in read_rows(path, limit))
+
+
+def tokenise(
+    tokenizer: Any, path: Path, limits: Limits, max_samples: int, turns: Turns | None = None
+) -> tuple[Any, RowReport]:
     """Tokenise a stored dataset.
 
     Returns a `datasets.Dataset` with columns `input_ids`, `labels` and `length`, and what was kept and cut.
@@ -79,12 +129,12 @@ def tokenise(tokenizer: Any, path: Path, limits: Limits, max_samples: int) -> tu
     """
     from datasets import Dataset
 
-    rows, report = tokenise_rows(tokenizer, path, limits, max_samples)
+    rows, report = tokenise_rows(tokenizer, path, limits, max_samples, turns)
     return Dataset.from_list(rows), report
 
 
 def tokenise_rows(
-    tokenizer: Any, path: Path, limits: Limits, max_samples: int
+    tokenizer: Any, path: Path, limits: Limits, max_samples: int, turns: Turns | None = None
 ) -> tuple[list[dict[str, Any]], RowReport]:
     """The same as plain rows, for engines that have no `datasets`.
 
@@ -92,19 +142,54 @@ def tokenise_rows(
     """
     report = RowReport()
     rows: list[dict[str, Any]] = []
-    for line, messages in read_messages(path, max_samples):
-        rendered = admit(
-            partial(render_conversation, tokenizer, messages),
-            line,
-            limits,
-            report,
-            shorten=partial(_truncate, tokenizer, messages, limits),
-        )
-        if rendered is None:
-            continue
-        rows.append({"input_ids": rendered.input_ids, "labels": rendered.labels, "length": len(rendered.input_ids)})
+    for row in read_rows(path, max_samples):
+        for talk in _talks(tokenizer, row, turns or Turns(), report):
+            rendered = admit(talk.render, row["line"], limits, report, shorten=partial(_truncate, talk, limits))
+            if rendered is not None:
+                kept = {"input_ids": rendered.input_ids, "labels": rendered.labels}
+                rows.append({**kept, "length": len(rendered.input_ids)})
     require_training_tokens(report, limits)
     return rows, report
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation that becomes one row: its answers from `start` on are trained."""
+
+    tokenizer: Any
+    messages: list[Message]
+    start: int
+    tools: Tools
+    rendered: Rendered | None = None
+
+    def render(self) -> Rendered:
+        """The row. Raises RenderError."""
+        return self.rendered or render_conversation(self.tokenizer, self.messages, self.start, self.tools)
+
+
+def _talks(tokenizer: Any, row: dict[str, Any], turns: Turns, report: RowReport) -> list[Talk]:
+    """The rows that a stored conversation becomes; counts what of it is not trained."""
+    messages, tools = row["messages"], row.get("tools")
+    answers = answers_of(messages)
+    start = answers[-1] if answers and turns.train_on == "last" else 0
+    whole = Talk(tokenizer, messages, start, tools)
+    trained = answers_of(messages, start)
+    report.answers_untrained += sum(message["role"] == "assistant" for message in messages) - len(trained)
+    if getattr(tokenizer, "thinking", "auto") == "off":
+        report.thoughts_left_out += any(has_thought(messages[position]) for position in trained)
+    if len(trained) < 2:
+        return [whole]
+    try:
+        return [replace(whole, rendered=whole.render())]
+    except RewrittenError:
+        kept = trained if turns.rewritten == "all" else trained[-1:]
+        report.split += 1
+        report.added += len(kept) - 1
+        report.read -= len(kept) - 1  # `admit` counts each of them as read
+        report.answers_untrained += len(trained) - len(kept)
+        return [Talk(tokenizer, messages[: position + 1], position, tools) for position in kept]
+    except RenderError:
+        return [whole]  # `admit` counts it, with its line
 
 
 def admit(
@@ -143,7 +228,7 @@ def _within_limits(
 ) -> Rendered | None:
     try:
         rendered = render()
-    except ValueError as error:
+    except RenderError as error:
         report.not_renderable += 1
         note(report, f"line {line}: {error}")
         return None
@@ -179,7 +264,7 @@ def excess_of(rendered: Rendered, limits: Limits) -> str | None:
     return None
 
 
-def _truncate(tokenizer: Any, messages: list[Message], limits: Limits, rendered: Rendered) -> Rendered:
+def _truncate(talk: Talk, limits: Limits, rendered: Rendered) -> Rendered:
     """Cut the last user message, then the last answer, until the row fits.
 
     The text of the message is cut and rendered anew, so that the template's own tokens stay whole; a cut answer
@@ -189,13 +274,13 @@ def _truncate(tokenizer: Any, messages: list[Message], limits: Limits, rendered:
     answer_room = min(answer_length, limits.answer or answer_length, limits.sequence)
     prompt_room = min(limits.prompt or limits.sequence, limits.sequence - min(answer_room, limits.sequence // 2))
     if rendered.prompt_length > prompt_room:
-        messages = shorten_question(tokenizer, messages, prompt_room)
-        rendered = render_conversation(tokenizer, messages)
+        messages = shorten_question(talk.tokenizer, talk.messages, prompt_room, talk.tools)
+        rendered = replace(talk, messages=messages, rendered=None).render()
     end = min(limits.sequence, rendered.prompt_length + answer_room)
     return Rendered(rendered.input_ids[:end], rendered.labels[:end], min(rendered.prompt_length, end))
 
 
-def shorten_question(tokenizer: Any, messages: list[Message], room: int) -> list[Message]:
+def shorten_question(tokenizer: Any, messages: list[Message], room: int, tools: Tools = None) -> list[Message]:
     """Cut the last user message until the prompt (all but the last message) has `room` tokens at most, if it can."""
     position = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if position is None:
@@ -205,7 +290,7 @@ def shorten_question(tokenizer: Any, messages: list[Message], room: int) -> list
     while keep > 0:
         shorter = {"role": "user", "content": tokenizer.decode(ids[:keep], skip_special_tokens=False)}
         candidate = [*messages[:position], shorter, *messages[position + 1 :]]
-        excess = len(render_prompt(tokenizer, candidate[:-1])) - room
+        excess = len(render_prompt(tokenizer, candidate[:-1], tools)) - room
         if excess <= 0:
             return candidate
         keep -= max(1, excess)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 
 from methods.toolkit import images, vision_models
-from methods.toolkit.chat import IGNORED, Rendered
+from methods.toolkit.chat import IGNORED, Rendered, RenderError
 from methods.toolkit.tokenizing import Limits, RowReport, admit, require_training_tokens
 
 
@@ -30,7 +31,7 @@ class Renderer:
 
     def encode(self, conversations: list[list[dict[str, Any]]], *, prompt: bool, side: str = "right") -> Any:
         """Conversations as one padded batch of tensors; `prompt`: with the header that makes the model answer."""
-        return self.processor.apply_chat_template(
+        return self._apply(
             conversations,
             add_generation_prompt=prompt,
             tokenize=True,
@@ -38,6 +39,12 @@ class Renderer:
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": side},
         )
+
+    def _apply(self, conversation: Any, **named: Any) -> Any:
+        try:
+            return self.processor.apply_chat_template(conversation, **named)
+        except TemplateError as error:
+            raise RenderError(f"the chat template refuses the conversation: {error}") from error
 
     def conversation(self, messages: list[dict[str, Any]], files: list[str]) -> list[dict[str, Any]]:
         """A stored conversation with its images opened and its answers ended, as it is trained on."""
@@ -50,7 +57,7 @@ class Renderer:
     def render(self, conversation: list[dict[str, Any]]) -> Rendered:
         """Token ids of a whole conversation, images included; every answer is trained up to its end token.
 
-        Raises ValueError if the template rewrites earlier turns, or if an answer has no end token.
+        Raises RenderError if the template rewrites earlier turns, or if an answer has no end token.
         """
         ids: list[int] = self.encode([conversation], prompt=False)["input_ids"][0].tolist()
         labels = [IGNORED] * len(ids)
@@ -62,13 +69,13 @@ class Renderer:
             after = self._length(conversation, position + 1, ids, prompt=False)
             stop = next((place for place in range(after - 1, before - 1, -1) if ids[place] in self.ends), None)
             if stop is None:
-                raise ValueError(f"the chat template writes no end token after message {position + 1}")
+                raise RenderError(f"the chat template writes no end token after message {position + 1}")
             labels[before : stop + 1] = ids[before : stop + 1]
             prompt_length = before
         return Rendered(ids, labels, prompt_length)
 
     def _length(self, conversation: list[dict[str, Any]], upto: int, whole: list[int], *, prompt: bool) -> int:
-        """Number of tokens that the first messages have in `whole`. Raises ValueError if they are other ones there.
+        """Number of tokens that the first messages have in `whole`. Raises RenderError if they are other ones there.
 
         Where all images stand in these messages, what follows is text and is counted from the end; otherwise the
         messages are rendered with their images.
@@ -77,17 +84,17 @@ class Renderer:
         if any(part["type"] == "image" for message in rest for part in message["content"]):
             ids = self.encode([conversation[:upto]], prompt=prompt)["input_ids"][0].tolist()
             if whole[: len(ids)] != ids:
-                raise ValueError(f"the chat template rewrites the turns before message {upto + 1}")
+                raise RenderError(f"the chat template rewrites the turns before message {upto + 1}")
             return len(ids)
         start, full = self._plain(conversation[:upto], prompt=prompt), self._plain(conversation, prompt=False)
         left = len(full) - len(start)
         if full[: len(start)] != start or whole[len(whole) - left :] != full[len(start) :]:
-            raise ValueError(f"the chat template rewrites the turns before message {upto + 1}")
+            raise RenderError(f"the chat template rewrites the turns before message {upto + 1}")
         return len(whole) - left
 
     def _plain(self, conversation: list[dict[str, Any]], *, prompt: bool) -> list[int]:
         """Token ids with a placeholder for each image."""
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+        text = self._apply(conversation, add_generation_prompt=prompt, tokenize=False)
         tokenizer = self.processor.tokenizer
         begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         ids: list[int] = tokenizer(text, add_special_tokens=not begins)["input_ids"]

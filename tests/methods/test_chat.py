@@ -9,6 +9,7 @@ import pytest
 
 from methods.contract import Refused
 from methods.toolkit import chat
+from methods.toolkit.chat_template import PLAIN_TEMPLATE
 
 USER = {"role": "user", "content": "switch the light on"}
 ANSWER = {"role": "assistant", "content": "it is on"}
@@ -58,14 +59,15 @@ def test_an_end_token_is_added_where_the_template_writes_none(tokenizer: Any) ->
 
 def test_a_template_that_rewrites_the_answer_is_tokenised_apart(tokenizer: Any) -> None:
     # As reasoning models do: the generation prompt opens a block that a finished turn does not show.
-    tokenizer.chat_template = chat.PLAIN_TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}"
-    rendered = chat.render_conversation(tokenizer, [USER, ANSWER])
-    assert tokenizer.decode(rendered.input_ids) == "switch the light on\n<think>it is on<|im_end|>"
-    assert trained_text(tokenizer, rendered) == "it is on<|im_end|>"
+    tokenizer.chat_template = PLAIN_TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    rendered = chat.render_conversation(tokenizer, [USER, {**ANSWER, "reasoning_content": "look"}])
+    whole = "switch the light on\n<think>\nlook\n</think>\n\nit is on<|im_end|>"
+    assert tokenizer.decode(rendered.input_ids) == whole
+    assert trained_text(tokenizer, rendered) == "look\n</think>\n\nit is on<|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_answers(tokenizer: Any) -> None:
-    tokenizer.chat_template = "{{ messages | length }}" + chat.PLAIN_TEMPLATE
+    tokenizer.chat_template = "{{ messages | length }}" + PLAIN_TEMPLATE
     with pytest.raises(ValueError, match="rewrites the turns before message 4"):
         chat.render_conversation(tokenizer, [USER, ANSWER, USER, ANSWER])
 

@@ -10,7 +10,8 @@ import pytest
 
 from methods.contract import Refused
 from methods.toolkit import chat, tokenizing
-from methods.toolkit.tokenizing import Limits, tokenise
+from methods.toolkit.chat_template import PLAIN_TEMPLATE
+from methods.toolkit.tokenizing import Limits, Turns, tokenise
 
 LONG = "switch the light in the kitchen on and off " * 5
 
@@ -113,11 +114,49 @@ def test_truncation_keeps_to_max_input_length_or_drops_the_row(tokenizer: Any, t
         tokenise(tokenizer, path, Limits(1024, empty - 1, None, "truncate"), -1)
 
 
-def test_rows_of_a_rewriting_template_are_counted_and_named(tokenizer: Any, tiny_rows: Path) -> None:
-    tokenizer.chat_template = "{{ messages | length }}" + chat.PLAIN_TEMPLATE
-    _, report = tokenise(tokenizer, tiny_rows, Limits(1024, None, None, "drop"), -1)
-    assert (report.kept, report.not_renderable) == (20, 1)
-    assert "line 6: the chat template rewrites" in report.notes[0]
+def test_a_conversation_that_the_template_rewrites_becomes_a_row_for_each_answer(
+    tokenizer: Any, tiny_rows: Path
+) -> None:
+    tokenizer.chat_template = "{{ messages | length }}" + PLAIN_TEMPLATE
+    free = Limits(1024, None, None, "drop")
+    rows, report = tokenise(tokenizer, tiny_rows, free, -1)
+    assert (report.read, report.split, report.added) == (21, 1, 1)
+    assert (report.kept, report.lost, report.not_renderable) == (22, 0, 0)
+    assert "1 conversations became a row for each answer" in report.in_words()
+    last, report = tokenise(tokenizer, tiny_rows, free, -1, Turns(rewritten="last"))
+    assert (report.kept, report.split, report.added, report.answers_untrained) == (21, 1, 0, 1)
+    found = {tuple(row) for row in last["input_ids"]}
+    assert found < {tuple(row) for row in rows["input_ids"]}
+
+
+def test_a_row_that_the_template_refuses_is_counted_and_named(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path, ("refuse me", "on"), ("switch", "on"))
+    tokenizer.chat_template = "{% if 'refuse' in messages[0].content %}{{ messages + 1 }}{% endif %}" + PLAIN_TEMPLATE
+    _, report = tokenise(tokenizer, path, Limits(1024, None, None, "drop"), -1)
+    assert (report.kept, report.not_renderable) == (1, 1)
+    assert "line 10: the chat template refuses the conversation" in report.notes[0]
+
+
+def test_only_the_answers_that_are_to_be_trained_have_labels(tokenizer: Any, tmp_path: Path) -> None:
+    talk = [
+        {"role": "user", "content": "lamp"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "fan"},
+        {"role": "assistant", "content": "second", "weight": 0},
+        {"role": "user", "content": "heater"},
+        {"role": "assistant", "content": "third"},
+    ]
+    path = tmp_path / "weights.jsonl"
+    path.write_text(json.dumps({"line": 1, "messages": talk}) + "\n")
+    free = Limits(1024, None, None, "drop")
+
+    def trained(turns: Turns) -> str:
+        rows, report = tokenise(tokenizer, path, free, -1, turns)
+        assert report.answers_untrained == (1 if turns.train_on == "all" else 2)
+        return str(tokenizer.decode([label for label in rows["labels"][0] if label != chat.IGNORED]))
+
+    assert trained(Turns()) == "first<|im_end|>third<|im_end|>"
+    assert trained(Turns(train_on="last")) == "third<|im_end|>"
 
 
 def test_a_dataset_without_a_token_to_train_on_is_refused_with_the_counts(tokenizer: Any, tmp_path: Path) -> None:

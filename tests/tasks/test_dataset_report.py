@@ -187,13 +187,13 @@ def test_texts_of_pairs_are_measured_each(tmp_path: Path, base: tuple[str, Path]
 
 def test_row_that_the_template_refuses_is_counted(tmp_path: Path) -> None:
     folder = make_tiny_chat_model(tmp_path / "strict", seed=1)
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    strict = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('not this one') }}{% endif %}"
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").write_text(strict + template, encoding="utf-8")
-    rows = [{"instruction": "a", "output": "b", "system": "s"}, {"instruction": "a", "output": "b"}]
+    rows = [{"instruction": "bad", "output": "b"}, {"instruction": "a", "output": "b"}]
     tokens = check_dataset(write_lines(tmp_path / "a.jsonl", *rows), base=("strict", folder)).tokens
     assert tokens is not None
-    assert tokens.not_renderable == {"no system here": 1}
+    assert tokens.not_renderable == {"the chat template refuses the conversation: not this one": 1}
     assert [example.line for example in tokens.examples] == [2]
 
 
