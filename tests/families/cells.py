@@ -33,8 +33,8 @@ def letters(prompts, completions, **columns):
 class Case:
     """A column of the table: a method with rows of a form.
 
-    `needs`: the attribute of a family without which the cell is empty. `in_process`: False where one family goes
-    through processes of its own, as the system runs stages.
+    `needs`: the attribute of a family without which the cell is empty. `saved`: what it trains can be merged into
+    the base.
     """
 
     title: str
@@ -51,7 +51,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of a case: `kept` of `read` rows were trained, `reason` says why not."""
+    """What came of a case: `kept` of `read` rows were trained; `reason` says why not.
+
+    Where the template rewrites earlier turns, a conversation counts as a row for each answer.
+    """
 
     family: str
     case: str
@@ -79,7 +82,14 @@ CASES = (
         "grpo",
         "grpo",
         family_rows.prompts,
-        {"max_steps": 2, "num_generations": 2, "max_content_length": 8, "rewards": [{"name": "letters"}]},
+        {
+            "max_steps": 2,
+            "num_generations": 4,
+            "batch_size": 4,
+            "temperature": 2.0,
+            "max_content_length": 8,
+            "rewards": [{"name": "letters"}],
+        },
     ),
     Case("reward", "reward", family_rows.preferences, {"max_steps": 2}),
     Case("peft, lora", "peft", family_rows.prompts, {"technique": "lora", "max_steps": 2}),
@@ -137,17 +147,19 @@ def _rows_of(folder: Path) -> tuple[int, int]:
     if not path.exists():
         return 0, 0
     counts = json.loads(path.read_text(encoding="utf-8"))["train"]
-    return int(counts["kept"]), int(counts["read"])
+    return int(counts["kept"]), int(counts["read"]) + int(counts.get("added", 0))
 
 
 def _run_stages(family: Family, case: Case, folder: Path) -> None:
     base = make_model(family, folder / "base")
     rows = case.rows(family)
     job = _training_job(case, base, family_rows.write_rows(folder / "rows.jsonl", rows), folder)
-    run = _in_this_process
+    run = _in_processes if (family.name, case.title) in IN_PROCESSES else _in_this_process
     trained = run(folder / "training", case.method, job)
     requests = family_rows.write_rows(folder / "requests.jsonl", _requests(case, rows))
-    weights = {"base_model": str(base), "adapter": str(job.output)} if trained["adapter"] else {"model": str(job.output)}
+    weights = (
+        {"base_model": str(base), "adapter": str(job.output)} if trained["adapter"] else {"model": str(job.output)}
+    )
     _ask(run, case, folder / "customized", weights, requests)
     if not case.saved:
         return
@@ -193,7 +205,10 @@ def _in_processes(folder: Path, method: str, job: StageJob) -> dict[str, Any]:
 
 def _requests(case: Case, rows: list[family_rows.Row]) -> list[family_rows.Row]:
     if case.method == "reward":
-        return [{"prompt": row["prompt"], "answers": [row[side][0]["content"] for side in ("chosen", "rejected")]} for row in rows]
+        return [
+            {"prompt": row["prompt"], "answers": [row[side][0]["content"] for side in ("chosen", "rejected")]}
+            for row in rows
+        ]
     if case.method == "dpo":
         return [{"messages": row["prompt"]} for row in rows]
     return [{**row, "messages": row["messages"][:-1]} for row in rows]

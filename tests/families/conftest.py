@@ -23,7 +23,9 @@ def writes_documents() -> bool:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the table of the cells that ran; each came with the report of its test."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
-    told = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == CELL_PROPERTY]
+    told = [
+        value for report in reports for name, value in getattr(report, "user_properties", ()) if name == CELL_PROPERTY
+    ]
     cells = {(value["family"], value["case"]): Cell(**value) for value in told}
     if not cells:
         return

@@ -18,13 +18,16 @@ from tests.families import templates
 class Family:
     """A family of chat models in its public format.
 
-    `architecture`: the transformers classes' common name (`Qwen2` for Qwen2Config and Qwen2ForCausalLM). `template`:
-    None for a base model without one. `markers`: special tokens of the template; `words`: added tokens that are not
-    special, such as `<think>`. `adds_bos`: the tokenizer itself puts the BOS before a text. `generation`: its
-    `generation_config.json`, tokens by name. `ends`: the tokens that may end an answer; `call_ends`: a tool call.
+    `architecture`: the transformers classes' common name (`Qwen2` for Qwen2Config and Qwen2ForCausalLM).
+    `template`: None for a base model without one.
+    `markers`: special tokens of the template; `words`: added tokens that are not special, such as `<think>`.
+    `adds_bos`: the tokenizer itself puts the BOS before a text.
+    `generation`: its `generation_config.json`, tokens by name.
+    `ends`: the tokens that may end an answer; `call_ends`: those that may end a tool call, where they are others.
     `system`: takes a system message (`merged`: its template refuses one, so it goes into the first user turn).
-    `thinking`, `tools`: the template renders thoughts, tools. `dated`: the template prints today's date.
-    `rewrites`: the template shows an earlier answer otherwise than the last one.
+    `thinking`, `tools`: the template renders thoughts, shows tools.
+    `dated`: the template prints today's date.
+    `rewrites`: the template shows an earlier answer otherwise than the last one, even one without a thought.
     """
 
     name: str
@@ -268,7 +271,6 @@ FAMILIES = (
         },
         thinking=True,
         tools=True,
-        rewrites=True,
     ),
     Family(
         name="gpt-oss",
@@ -336,7 +338,6 @@ FAMILIES = (
             "v_head_dim": 16,
         },
         thinking=True,
-        tools=True,
         rewrites=True,
     ),
     Family(

@@ -57,9 +57,9 @@ def many_turns(_family: Family) -> list[Row]:
 
 def with_system(_family: Family) -> list[Row]:
     """Half of them with one turn, half with several."""
+    rules = {"role": "system", "content": RULES}
     return _chat(
-        [{"role": "system", "content": RULES}, *(_earlier_turns(room) if number % 2 else [])]
-        + [question(room), assistant(f"the {room} is on")]
+        [rules, *(_earlier_turns(room) if number % 2 else []), question(room), assistant(f"the {room} is on")]
         for number, room in enumerate(ROOMS)
     )
 

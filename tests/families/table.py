@@ -62,9 +62,9 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 def written(document: Path) -> Table:
     """The table of a document. Raises AssertionError where it is not there."""
-    before, start, rest = document.read_text(encoding="utf-8").partition(START)
+    _, start, rest = document.read_text(encoding="utf-8").partition(START)
     text, end, _ = rest.partition(END)
-    assert start and end, f"{document.name} has no table between {START} and {END}"
+    assert (start, end) == (START, END), f"{document.name} has no table between {START} and {END}"
     cells: dict[tuple[str, str], str] = {}
     reasons: dict[str, str] = {}
     columns: list[str] = []

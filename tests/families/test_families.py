@@ -16,9 +16,7 @@ from tests.families.family_models import BY_NAME, FAMILIES
 @pytest.mark.families
 @pytest.mark.parametrize("case", [case.title for case in CASES])
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
-def test_the_cell_is_what_the_documents_say(
-    family: str, case: str, tmp_path: Path, record_property: Any
-) -> None:
+def test_the_cell_is_what_the_documents_say(family: str, case: str, tmp_path: Path, record_property: Any) -> None:
     cell = run_cell(BY_NAME[family], BY_TITLE[case], tmp_path)
     record_property(CELL_PROPERTY, cell.as_dict())
     assert cell.state != "failed", cell.reason
