@@ -92,10 +92,15 @@ class Wanted(NamedTuple):
 
 
 class Message(TypedDict):
-    """One turn of a conversation of text."""
+    """One turn of a conversation of text.
+
+    An answer may have its thought, and the weight 0 where it is only read, never trained.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str
+    reasoning_content: NotRequired[str]
+    weight: NotRequired[Literal[0]]
 
 
 class StoredRow(TypedDict):

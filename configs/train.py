@@ -358,14 +358,14 @@ class Hyperparameters(BaseModel):
     turns: Literal["all", "last"] = Field(
         default="all",
         title="Rewritten turns",
-        description="Where the chat template rewrites earlier turns (thoughts are stripped), a conversation becomes one "
-        "row for each answer (all), or one row for the last answer (last).",
+        description="Where the chat template rewrites earlier turns (thoughts are stripped), a conversation becomes "
+        "one row for each answer (all), or one row for the last answer (last).",
     )
     thinking: ThinkingMode = Field(
         default="auto",
         title="Thinking",
-        description="Whether answers have a thought (reasoning) before them, in training, evaluation and serving alike. "
-        "auto: as the training rows have them.",
+        description="Whether answers have a thought (reasoning) before them, in training, evaluation and serving "
+        "alike. auto: as the training rows have them.",
     )
     chat_template_kwargs: TemplateVariables = Field(
         default_factory=dict,

@@ -20,12 +20,21 @@ _TOOL_ROLES = {
     "tool_messages": {**_OPENAI_ROLES, "tool": "tool"},
     "tool_sharegpt": {**_SHAREGPT_ROLES, "function_call": "assistant", "observation": "tool", "tool": "tool"},
 }
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Names under which messages hold the thought of an answer."""
+_FLAGS = ("weight", "loss", "loss_weight", "train", "trainable")
+"""Names under which messages say whether they are trained: Qianfan and OpenAI, ms-swift, xtuner, axolotl."""
 _NAMES = {"assistant": "answer", "user": "prompt", "system": "system message", "tool": "tool message"}
 
 
 def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
-    """Turns as stored."""
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+    """Turns as stored: an answer with its thought, and with the weight 0 where it is not to be trained."""
+    return [{"role": turn.role, "content": turn.content, **_beside_text(turn.thought, turn.trained)} for turn in turns]
+
+
+def _beside_text(thought: str | None, trained: bool) -> dict[str, Any]:
+    """What a stored answer holds beside its text."""
+    return {**({} if thought is None else {"reasoning_content": thought}), **({} if trained else {"weight": 0})}
 
 
 def pair_turns(row: dict[str, object], prompt: str, completion: str) -> list[Turn]:
@@ -99,11 +108,13 @@ def _turn(turn: object, field: str, column: str, shape: Shape, dropped: list[str
         raise wrong_type(field, turn, f"an object with {role_key} and {text_key}")
     _refuse_tool_calls(turn, field)
     _require_keys(turn, (role_key, text_key), field)
-    _refuse_untrained(turn, field)
     role = _role(turn[role_key], f"{field}.{role_key}", _OPENAI_ROLES if openai else _SHAREGPT_ROLES)
-    _note_dropped(turn, (role_key, text_key), column, dropped)
+    thought = thought_of(turn, field) if role == "assistant" else None
+    flags = _FLAGS if role != "assistant" or not thought else (*_FLAGS, *THOUGHT_FIELDS)
+    _note_dropped(turn, (role_key, text_key, *flags), column, dropped)
     text_field = f"{field}.{text_key}"
-    return Turn(role, text(turn[text_key], text_field), text_field)
+    trained = role != "assistant" or is_trained(turn, field)
+    return Turn(role, text(turn[text_key], text_field), text_field, thought, trained)
 
 
 def _require_keys(turn: dict[str, object], keys: tuple[str, ...], field: str) -> None:
@@ -119,17 +130,36 @@ def _require_keys(turn: dict[str, object], keys: tuple[str, ...], field: str) ->
             )
 
 
-def _refuse_untrained(turn: dict[str, object], field: str) -> None:
-    """Every answer of a conversation is trained; a turn that says it must not be would be, in silence."""
-    if turn.get("weight") == 0:
-        raise RowRefusedError(
-            "weight_of_zero",
-            f"{field} has the weight 0, but every answer of a row is trained",
-            field=f"{field}.weight",
-            found="the number 0",
-            expected="no weight, or 1",
-            mend="make a row that ends before this answer, and one whose prompt holds it",
-        )
+def thought_of(turn: dict[str, object], field: str) -> str | None:
+    """The thought that an answer holds beside its text."""
+    for name in THOUGHT_FIELDS:
+        if turn.get(name) is not None:
+            found = text(turn[name], f"{field}.{name}")
+            return found if found.strip() else None
+    return None
+
+
+def is_trained(turn: dict[str, object], field: str) -> bool:
+    """Whether an answer is to be trained; several platforms let a row say that it is only to be read.
+
+    Raises RowRefusedError for a weight between: the loss counts an answer, or it does not.
+    """
+    for name in _FLAGS:
+        value = turn.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise RowRefusedError(
+                "weight_between",
+                f"{field}.{name} is {describe(value)}, but an answer is trained or it is not",
+                field=f"{field}.{name}",
+                found=describe(value),
+                expected="1 (true), or 0 (false)",
+                mend="write 1 for an answer that is trained, 0 for one that is only read",
+            )
+        if value == 0:
+            return False
+    return True
 
 
 def _note_dropped(turn: dict[str, object], used: tuple[str, ...], column: str, dropped: list[str]) -> None:
@@ -179,6 +209,15 @@ def require_answered(turns: list[Turn]) -> None:
             expected="assistant",
             mend="end the conversation with an answer, or cut what follows the last one",
         )
+    if not any(turn.role == "assistant" and turn.trained for turn in turns):
+        raise RowRefusedError(
+            "no_trained_answer",
+            "every answer has the weight 0, so there is nothing to learn",
+            field=last.field,
+            found="the weight 0",
+            expected="an answer that is trained",
+            mend="remove the row, or give an answer the weight 1",
+        )
     require_prompt(turns)
 
 
@@ -227,7 +266,6 @@ def qianfan_turns(row: dict[str, object], dropped: list[str]) -> list[Turn]:
     for index, turn in enumerate(listed_turns(row)):
         field = place(row, index, "")[:-1] or "the row"
         _require_keys(turn, ("prompt", "response"), field)
-        _refuse_untrained(turn, field)
         turns += system_turns(turn, place(row, index, "system"))
         asked = place(row, index, "prompt")
         turns.append(Turn("user", text(turn["prompt"], asked), asked))
@@ -241,9 +279,9 @@ def qianfan_turns(row: dict[str, object], dropped: list[str]) -> list[Turn]:
                 expected="one answer, or a score for each",
                 mend="keep one answer, or add the list score",
             )
-        turns.append(answers[0])
+        turns.append(answers[0]._replace(thought=thought_of(turn, field), trained=is_trained(turn, field)))
         if "turns" in row:
-            _note_dropped(turn, ("prompt", "response", "system"), "", dropped)
+            _note_dropped(turn, ("prompt", "response", "system", *_FLAGS, *THOUGHT_FIELDS), "", dropped)
     return turns
 
 
@@ -316,15 +354,15 @@ def _tool_message(turn: object, field: str, column: str, openai: bool, dropped: 
         raise wrong_type(field, turn, f"an object with {role_key} and {text_key}")
     calls = turn.get("tool_calls") if openai else None
     _require_keys(turn, (role_key,) if calls else (role_key, text_key), field)
-    _refuse_untrained(turn, field)
     roles = _TOOL_ROLES["tool_messages" if openai else "tool_sharegpt"]
     role = _role(turn[role_key], f"{field}.{role_key}", roles)
     kept = ("tool_calls", "tool_call_id", "name") if openai else ()
-    _note_dropped(turn, (role_key, text_key, *kept), column, dropped)
+    _note_dropped(turn, (role_key, text_key, *kept, *_FLAGS, *THOUGHT_FIELDS), column, dropped)
+    beside = _beside_text(thought_of(turn, field), is_trained(turn, field)) if role == "assistant" else {}
     if turn[role_key] == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(turn[text_key], f"{field}.{text_key}")}
+        return {"role": role, "content": "", "tool_calls": _calls(turn[text_key], f"{field}.{text_key}"), **beside}
     content = turn.get(text_key)
-    told: dict[str, Any] = {"role": role, "content": ""}
+    told: dict[str, Any] = {"role": role, "content": "", **beside}
     if not calls or content is not None:
         told["content"] = text(content, f"{field}.{text_key}")
     if calls:

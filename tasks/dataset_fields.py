@@ -17,6 +17,8 @@ class Turn(NamedTuple):
     role: str
     content: str
     field: str
+    thought: str | None = None
+    trained: bool = True
 
 
 class RowRefusedError(Exception):

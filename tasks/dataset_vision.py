@@ -90,6 +90,16 @@ def _body(turns: list[Turn], taken: list[str], field: str) -> dict[str, Any]:
     if not marks:
         first = next(index for index, turn in enumerate(turns) if turn.role == "user")
         turns[first] = turns[first]._replace(content=IMAGE_MARK * len(taken) + turns[first].content)
+    unread = next((turn for turn in turns if not turn.trained), None)
+    if unread is not None:
+        raise RowRefusedError(
+            "weight_of_zero",
+            f"{unread.field} has the weight 0, but every answer of a row with images is trained",
+            field=unread.field,
+            found="the weight 0",
+            expected="no weight, or 1",
+            mend="make a row that ends before this answer, and one whose prompt holds it",
+        )
     messages = messages_of(turns)
     for message in messages:
         message["content"] = _parts(message["content"])

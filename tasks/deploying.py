@@ -144,9 +144,7 @@ def _require_trained(
         for probe, each in zip(probes, stored, strict=False)
     ]
     rendered = [probe.prompt_token_ids for probe in probes]
-    if trained_on is not None and any(
-        ids != each.prompt_token_ids for ids, each in zip(rendered, trained, strict=True)
-    ):
+    if trained_on is not None and rendered != [each.prompt_token_ids for each in trained]:
         dated = Generation(max_new_tokens=1, batch_size=1, template_date=date.fromisoformat(trained_on))
         asked = [probe.messages for probe in probes]
         rendered = [answer.prompt_token_ids for answer in answer_prompts(model, asked, dated, on_events)]

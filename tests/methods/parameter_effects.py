@@ -5,14 +5,16 @@ The methods share this table; what a hyper-parameter does to rows is for each of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from methods import contract
-from methods.toolkit import training
+from methods.toolkit import chat, training
 from tests.methods.stage_jobs import curve
 from tests.methods.training_bench import Bench, schedule
 
@@ -163,6 +165,57 @@ def dtype(bench: Bench) -> None:
         assert next(bench.build(tuning="full").model.parameters()).dtype == torch.float32
 
 
+THINKS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + (message['reasoning_content'] or '') + '\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+"""A template that lets the model think before its last answer, and leaves the thoughts of earlier answers out."""
+
+
+def thinking_bench(bench: Bench) -> Bench:
+    """The bench with a base model whose template thinks."""
+    base = bench.root / "thinking_base"
+    if not base.exists():
+        shutil.copytree(bench.base, base)
+        (base / "chat_template.jinja").write_text(THINKS, encoding="utf-8")
+    return replace(bench, base=base, root=bench.root / "thinking")
+
+
+def thinking(bench: Bench) -> None:
+    place = thinking_bench(bench)
+    templates = {name: place.build(thinking=name).processing_class.chat_template for name in ("auto", "on", "off")}
+    assert "set enable_thinking = true" in templates["on"]
+    assert "set enable_thinking = false" in templates["off"]
+    assert "set enable_thinking" in templates["auto"]
+
+
+def chat_template_kwargs(bench: Bench) -> None:
+    place = thinking_bench(bench)
+    template = place.build(chat_template_kwargs={"enable_thinking": True}).processing_class.chat_template
+    assert "set enable_thinking = true" in template
+    with pytest.raises(contract.Refused, match=r"chat_template_kwargs\.enabel_thinking"):
+        place.build(chat_template_kwargs={"enabel_thinking": True})
+
+
+def train_on(bench: Bench) -> None:
+    every, last = (_trained_tokens(bench.build(train_on=which)) for which in ("all", "last"))
+    assert 0 < last < every
+
+
+def turns(bench: Bench) -> None:
+    place = thinking_bench(bench)
+    assert len(place.build(turns="all").train_dataset) == 22  # one of 21 conversations has two answers
+    assert len(place.build(turns="last").train_dataset) == 21
+
+
+def _trained_tokens(trainer: Any) -> int:
+    return sum(label != chat.IGNORED for labels in trainer.train_dataset["labels"] for label in labels)
+
+
 COMMON: dict[str, Effect] = {
     "load_in_4bit": load_in_4bit,
     "lora_rank": lora("r", "lora_rank", 3),
@@ -188,6 +241,10 @@ COMMON: dict[str, Effect] = {
     "logging_steps": logging_steps,
     "gradient_checkpointing": gradient_checkpointing,
     "group_by_length": group_by_length,
+    "train_on": train_on,
+    "turns": turns,
+    "thinking": thinking,
+    "chat_template_kwargs": chat_template_kwargs,
     "seed": seed,
     "dtype": dtype,
 }

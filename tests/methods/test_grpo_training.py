@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from configs.train import Hyperparameters
 from methods import contract
 from methods.grpo import training as grpo
 from methods.grpo_demo import training as grpo_demo
@@ -312,7 +311,7 @@ COMMON: dict[str, Callable[[Bench], None]] = {
 }
 
 
-@pytest.mark.parametrize("field", Hyperparameters.model_fields)
+@pytest.mark.parametrize("field", find_method("grpo").hyperparameter_names)
 def test_every_hyperparameter_reaches_what_it_is_for(bench: Bench, field: str) -> None:
     COMMON[field](bench)
 

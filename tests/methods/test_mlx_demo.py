@@ -179,6 +179,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 SEEN_OTHERWISE = {  # by the tests at the end
     "max_steps", "epochs", "checkpoint_steps", "keep_checkpoints", "evaluation_steps", "logging_steps",
     "gradient_checkpointing",
+    # by the toolkit's rows and tokenizer: test_tokenizing.py, test_chat_template.py
+    "train_on", "turns", "thinking", "chat_template_kwargs",
 }  # fmt: skip
 
 

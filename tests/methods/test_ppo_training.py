@@ -378,7 +378,8 @@ def test_the_order_of_prompts_follows_from_its_parameters(observed: Callable[[st
 
 
 def test_no_parameter_is_left_out() -> None:
-    tested = {*CASES, "keep_checkpoints", "reward_model"}
+    by_the_tokenizer = {"thinking", "chat_template_kwargs"}  # chat.training_tokenizer reads them: test_chat_template.py
+    tested = {*CASES, "keep_checkpoints", "reward_model"} | by_the_tokenizer
     assert tested >= {*METHOD.hyperparameter_names, *METHOD.parameters}
 
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs.train import Hyperparameters
 from methods import contract
+from methods.registry import find_method
 from methods.toolkit import images, vision_models, vision_rows
 from methods.toolkit.chat import IGNORED
 from methods.vision_language import check, training
@@ -508,7 +508,7 @@ def _equal(found: object, expected: object) -> None:
 
 
 @training_test
-@pytest.mark.parametrize("field", [*Hyperparameters.model_fields, *OWN, "max_new_tokens"])
+@pytest.mark.parametrize("field", [*find_method("vision-language").hyperparameter_names, *OWN, "max_new_tokens"])
 def test_every_parameter_reaches_what_it_is_for(bench: VisionBench, field: str) -> None:
     if field in ARGUMENTS:
         name, value, expected = ARGUMENTS[field]

@@ -236,9 +236,9 @@ DEFECTS: dict[str, Defect] = {
         "a.jsonl",
         lines(*[[{"prompt": "a", "response": [["b"]], "weight": 0}]] * 2),
         1,
-        "[0].weight",
-        "2 of 2 rows are refused (2 weight of zero); "
-        "the first: [0] has the weight 0, but every answer of a row is trained",
+        "[0].response[0]",
+        "2 of 2 rows are refused (2 no trained answer); "
+        "the first: every answer has the weight 0, so there is nothing to learn",
     ),
     "Pangu, even context": Defect(
         "a.jsonl",
