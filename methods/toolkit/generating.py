@@ -125,7 +125,7 @@ def batch_by_memory(config: Any, dtype: Any, prompt: int, sampling: Sampling, fr
         return 16
     text = config.get_text_config()
     size = torch.finfo(dtype).bits / 8
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a state space model has none: then this is too much
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     keys = 2 * (getattr(text, "num_key_value_heads", None) or heads) * head * size * text.num_hidden_layers
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
