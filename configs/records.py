@@ -72,6 +72,16 @@ class SweepPlace(BaseModel):
     number: int
 
 
+class Resolution(BaseModel):
+    """What a parameter that was given as `auto` became in a stage, and what decided it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: str
+    origin: str = Field(description="What decided it, such as `hardware`.")
+    reason: str
+
+
 class TrainRecord(BaseModel):
     """One train on its way: everything that a rerun needs to pick it up. Kept as `train.json` in its folder."""
 
@@ -97,6 +107,9 @@ class TrainRecord(BaseModel):
     crash_resumes: int = Field(default=0, description="How often it was taken up by itself after a crash.")
     after_crash: str | None = Field(default=None, description="What was decided after its newest crash, and why.")
     sweep: SweepPlace | None = Field(default=None, description="The sweep that has begun it.")
+    resolved: dict[str, Resolution] = Field(
+        default_factory=dict, description="What parameters given as `auto` became in the newest attempt, by name."
+    )
     base: str | None = Field(default=None, description="Name of the base model.")
     base_path: Path | None = None
     dataset: str | None = None

@@ -37,7 +37,7 @@ def figure_title(name: str) -> str:
     return f"{name} (%)" if name in SCORE_TITLES else name
 
 
-LOWER_IS_BETTER = frozenset({"edit_distance", "hit_limit", "perplexity"})
+LOWER_IS_BETTER = frozenset({"edit_distance", "hit_limit", "perplexity", "bits_per_character", "bits_per_byte"})
 """Of all other figures more is better."""
 
 STOP_WORD_LISTS = ("zh", "en")

@@ -158,8 +158,8 @@ class AddDataset(BaseModel):
 
     file: Text = Field(
         title="File",
-        description="File of rows (JSON Lines, JSON, CSV, Excel, Parquet), or folder or archive of rows and images, on "
-        "the host that the worker runs on; its absolute path.",
+        description="File of rows (JSON Lines, JSON, CSV, Excel, Parquet, plain text), or folder or archive of rows "
+        "and images, on the host that the worker runs on; its absolute path.",
     )
     name: Slug | None = Field(default=None, title="Name", description="Name of the dataset. Empty: the file's.")
     prompt_column: Text | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,11 +20,16 @@ MethodOption = Annotated[
     str | None, typer.Option("--method", help="Method that asks a base model; by default the one of its type.")
 ]
 _VALUES_SHOWN = 8
+Thinking = Annotated[
+    Literal["auto", "on", "off"], typer.Option(help="Whether answers begin with a thought; auto: as the template does.")
+]
 
 
 def infer(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask: a question, a text to embed, what a picture is to show.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to ask: a question, a text to go on from or to embed, what a picture shows.")
+    ],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     answer: Annotated[
         list[str], typer.Option("--answer", help="An answer that a reward model is to score; repeatable.")
@@ -43,6 +48,7 @@ def infer(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 always gives the likeliest answer.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Start of the random choices.", min=0)] = 42,
+    thinking: Thinking = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Ask a model one question, without deploying it."""
@@ -54,12 +60,14 @@ def infer(
     kind: str = asked_of.types[0] if asked_of.types[0] in _ASKING else "chat"
     if kind == "chat" and "chat" not in asked_of.evaluated_kinds:
         kind = "reward"
+    if "text" in asked_of.kinds:
+        kind = "text"
     given = {"--answer": answer, "--text": text, "--image": image, "--output": output, "--system": system}
     _refuse_other_options(kind, given)
     cli_trains.embedded()
     from tasks.inference import Generation
 
-    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, thinking=thinking)
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     requests: dict[str, dict[str, Any]] = {
         "chat": {"messages": messages},
@@ -67,6 +75,7 @@ def infer(
         "reward": {"prompt": messages, "answers": answer},
         "embedding": {"texts": [prompt, *text]},
         "image-generation": {"caption": prompt, "seed": seed},
+        "text": {"text": prompt},
     }
     if kind == "reward" and not answer:
         raise UserError("a reward model scores answers", field="--answer", expected="one or more answers to score")
@@ -101,6 +110,7 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
         "vision-language": ["--image", "--system"],
         "reward": ["--answer", "--system"],
         "embedding": ["--text"],
+        "text": [],
     }
     taken = known.get(kind, ["--output"])
     for name, value in given.items():
@@ -109,18 +119,27 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
                 "this option has no meaning for a model of this kind",
                 field=name,
                 value=value,
-                expected=", ".join(taken),
+                expected=", ".join(taken) or "none of them",
             )
 
 
 def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
-    from tasks.inference import answer_prompts
+    """Print what the model answers, or how it goes on after a text."""
+    from flows import cli_trains
+    from tasks.inference import Answer, measured_requests
 
-    answer = answer_prompts(found, [request["messages"]], generation)[0]
+    with cli_trains.terminal_line("answering") as follow:
+        predictions, speed = measured_requests(found, [request], generation, follow)
+    answer = Answer.model_validate(predictions[0])
     if json_:
-        print_json({"model": found.name, **answer.model_dump()})
+        told = {"speed": speed.model_dump() if speed is not None else None}
+        print_json({"model": found.name, **answer.model_dump(), **told})
         return
+    if answer.thought:
+        print(f"(thought: {answer.thought})", file=sys.stderr)
     print(answer.answer)
+    if speed is not None:
+        print(f"({speed.in_words()})", file=sys.stderr)
     if answer.hit_limit:
         print(f"(cut at {generation.max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
 
@@ -169,4 +188,11 @@ def _draw(found: ModelRecord, request: dict[str, Any], generation: Generation, o
     print(output.absolute())
 
 
-_ASKING = {"chat": _chat, "vision-language": _chat, "reward": _reward, "embedding": _embed, "image-generation": _draw}
+_ASKING = {
+    "chat": _chat,
+    "vision-language": _chat,
+    "reward": _reward,
+    "embedding": _embed,
+    "image-generation": _draw,
+    "text": _chat,
+}

@@ -115,6 +115,7 @@ def check_first(resolved: ResolvedTrain) -> None:
 
     reports = check_train(resolved.config)
     _check_alerts(resolved)
+    _warn_of_emulation(resolved)
     rows = [
         (name, f"{report.rows_kept} of {report.rows_read}", report.shape, _here(getattr(resolved.config, name)))
         for name, report in reports.items()
@@ -123,6 +124,17 @@ def check_first(resolved: ResolvedTrain) -> None:
     for report in reports.values():
         for kind, count in {**report.refused, **report.warnings}.items():
             print_warning(f"{_here(report.file)}: {count} rows: {kind.replace('_', ' ')}")
+
+
+def _warn_of_emulation(resolved: ResolvedTrain) -> None:
+    """Say before anything is begun that this host only emulates the number type that was chosen."""
+    from methods.registry import find_method
+    from tasks.hardware import dtype_warning
+
+    config = resolved.config
+    warning = dtype_warning(config.hyperparameters.dtype, find_method(config.method).stage_python("training"))
+    if warning is not None:
+        print_warning(warning)
 
 
 def _check_alerts(resolved: ResolvedTrain) -> None:
@@ -173,18 +185,21 @@ def tell_interrupted() -> None:
 
 
 def _run_flow(through: str, arguments: dict[str, Any]) -> ModelRecord | Endpoint:
-    from prefect import tags
+    from tasks.progress import TerminalLine, in_terminal
 
-    from deployments.automations import train_tag
-    from deployments.flow_deployments import TAG
-    from deployments.guard import start_embedded_server
-    from deployments.work_pools import WORK_POOL
-    from flows.complete import complete
-    from flows.customized import customized
-    from flows.deployed import deployed
-    from tasks.progress import TerminalLine
+    with in_terminal("starting") as progress:
+        progress.phase = "Prefect and MLflow"
+        from prefect import tags
 
-    start_embedded_server()
+        from deployments.automations import train_tag
+        from deployments.flow_deployments import TAG
+        from deployments.guard import start_embedded_server
+        from deployments.work_pools import WORK_POOL
+        from flows.complete import complete
+        from flows.customized import customized
+        from flows.deployed import deployed
+
+        start_embedded_server()
     TerminalLine.on = True
     flows: dict[str, Callable[..., Any]] = {"customized": customized, "complete": complete, "deployed": deployed}
     # Watched by the shipped automations like a run of the page, where a server stands.
@@ -198,8 +213,16 @@ def show_outcome(record: TrainRecord) -> None:
     from tasks.models import list_models
 
     made = [model.name for model in list_models() if model.train == record.id]
+    became = {name: f"{each.value} ({each.origin}: {each.reason})" for name, each in record.resolved.items()}
     print_fields(
-        {"train": record.id, "status": record.status, "models": "\n".join(made), **record.outcome, "run": record.run_id}
+        {
+            "train": record.id,
+            "status": record.status,
+            "models": "\n".join(made),
+            **record.outcome,
+            **became,
+            "run": record.run_id,
+        }
     )
     if "tuned" in record.evaluation:
         print()
@@ -218,13 +241,10 @@ def print_evaluation(base: Mapping[str, float] | None, tuned: Mapping[str, float
 @contextmanager
 def terminal_line(title: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A live line for a stage that runs outside a flow; yields the handler of its events."""
-    import logging
+    from tasks.progress import in_terminal
 
-    from tasks.progress import StageProgress, TerminalLine
-
-    line = TerminalLine(title)
-    with line.bar:
-        yield StageProgress(title, line, logging.getLogger("tuneline"), None).follow
+    with in_terminal(title) as progress:
+        yield progress.follow
 
 
 @app.command("list")

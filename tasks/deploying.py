@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import date
@@ -16,9 +17,11 @@ from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
+from tasks.hardware import ask_hardware
 from tasks.inference import Generation, answer_prompts, answer_requests
 from tasks.serving_checks import verify_prompts
 from tasks.serving_requests import predicted
+from tasks.stages import phase_event
 from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
@@ -60,7 +63,9 @@ def deploy_model(
     if model.stage != "base":
         # Before the switch: a registry that does not answer must not be left behind what is deployed.
         model = models.register_model(model)
+    on_events([phase_event("asking the model for its own answers")])
     probes = collect_probes(model, on_events)
+    on_events([phase_event("starting the server and comparing its prompts and answers")])
     served = endpoints.deploy(
         endpoint or endpoint_name(model.line),
         model.name,
@@ -72,10 +77,21 @@ def deploy_model(
         program=program,
         base_path=model.base_path if model.adapter else None,
         port=port,
-        dtype=model.dtype,
+        dtype=_served_dtype(model, chosen),
     )
     models.set_alias(model, "deployed")
     return served
+
+
+def _served_dtype(model: ModelRecord, target: Target) -> str:
+    """The number type that the server loads the model in: that of the model's own answers.
+
+    `auto` means the checkpoint's own to `transformers serve`, which a processor may only emulate.
+    """
+    if model.dtype != "auto" or target != "transformers":
+        return model.dtype
+    found = ask_hardware(Path(sys.executable))
+    return found.auto_inference if found is not None else model.dtype
 
 
 def check_target(method: Method, target: str | None) -> Target:

@@ -21,7 +21,7 @@ from methods.registry import find_method
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
 from tasks.files import read_record
-from tasks.inference import Answer, Generation, answer_requests
+from tasks.inference import Answer, Generation, Speed, measured_requests
 from tasks.models import logged_model_id
 from tasks.scored_files import slice_name
 from tasks.scoring import score_rows, summarise
@@ -37,7 +37,9 @@ class Evaluation(BaseModel):
     scores: Scores
     rows: int
     hit_limit: int
+    thoughts: int = Field(default=0, description="Answers with a thought before them, which is not scored.")
     perplexity: float | None = Field(default=None, description="Of the references, by token; None: not asked for.")
+    speed: Speed | None = Field(default=None, description="How fast it answered; None: it did not tell.")
     predictions: list[dict[str, Any]]
     row_scores: list[RowScores] = Field(
         default_factory=list, description="Of each answer, in the same order; `row` counts the dataset's rows."
@@ -75,8 +77,9 @@ def evaluate(
     if perplexity:
         for row, request in zip(rows, requests, strict=True):
             request["reference"] = text_of(row["messages"][-1])
-    answers = [Answer.model_validate(each) for each in answer_requests(model, requests, generation, on_events)]
-    return score_answers(model.name, version, rows, answers, options)
+    predictions, speed = measured_requests(model, requests, generation, on_events)
+    answers = [Answer.model_validate(each) for each in predictions]
+    return score_answers(model.name, version, rows, answers, options).model_copy(update={"speed": speed})
 
 
 def _request(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -147,6 +150,7 @@ def score_answers(
         scores=summarise(scored, stop_words, confidence=options.confidence, by=by),
         rows=len(scored),
         hit_limit=sum(answer.hit_limit for _, _, answer in answered),
+        thoughts=sum(answer.thought is not None for _, _, answer in answered),
         perplexity=_perplexity([answer for _, _, answer in answered]),
         predictions=[
             _prediction(number, row, answer, figures)
@@ -288,6 +292,8 @@ def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str 
     """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table."""
     figures = {f"{name}_{which}": value for name, value in outcome.figures.items()}
     tracking.log_scores(run_id, figures, model_id)
+    if outcome.speed is not None:
+        tracking.log_scores(run_id, {f"tokens_per_second_{which}": outcome.speed.tokens_per_second})
     client = tracking.mlflow_client()
     scores = outcome.model_dump(mode="json", exclude={"predictions", "row_scores"})
     client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")

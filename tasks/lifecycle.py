@@ -327,7 +327,8 @@ def _close(train_id: str, status: TrainStatus, reason: str | None = None) -> Non
 )
 def fetch_base(record: TrainRecord) -> TrainRecord:
     """Bring the base model to this host; returns the record with its folder."""
-    return trains.fetch_base(record)
+    with showing("fetching the base", "base-model-progress") as progress:
+        return trains.fetch_base(record, progress.follow)
 
 
 @task(name="prepare datasets", cache_policy=NO_CACHE)

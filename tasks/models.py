@@ -15,6 +15,7 @@ from configs.records import ModelRecord
 from configs.scoring import SCORE_TITLES
 from configs.settings import Settings, load_settings
 from tasks.files import read_record, write_record
+from tasks.stages import EventHandler
 from tasks.tracking import code_version, experiment_id, mlflow_client
 
 RECORD_FILE = "tuneline.json"
@@ -232,7 +233,7 @@ def own_base(reference: str, settings: Settings) -> ModelRecord | None:
     return record
 
 
-def base_folder(reference: str, settings: Settings) -> tuple[str, Path]:
+def base_folder(reference: str, settings: Settings, on_events: EventHandler = lambda events: None) -> tuple[str, Path]:
     """Name and folder of what a train starts from: a complete model of one's own, or a base model, fetched if need be.
 
     Raises UserError if there is none.
@@ -240,7 +241,7 @@ def base_folder(reference: str, settings: Settings) -> tuple[str, Path]:
     own = own_base(reference, settings)
     if own is not None:
         return own.name, own.path
-    base = base_record(reference, settings)
+    base = base_record(reference, settings, on_events)
     return base.name, base.path
 
 
@@ -267,12 +268,12 @@ def _is_base(reference: str, settings: Settings) -> bool:
     return True
 
 
-def base_record(reference: str, settings: Settings) -> ModelRecord:
-    """A base model as a model record, its weights fetched if need be."""
+def base_record(reference: str, settings: Settings, on_events: EventHandler = lambda events: None) -> ModelRecord:
+    """A base model as a model record, its weights fetched if need be; `on_events` is given the phases of that."""
     from tasks.base_models import fetch_base_model
 
     entry = find_base_model(reference, settings)
-    path = fetch_base_model(entry, settings)
+    path = fetch_base_model(entry, settings, on_events)
     method = _METHOD_OF_TYPE[entry.type]
     return ModelRecord(
         name=entry.name, stage="base", path=path, line=entry.name, base=entry.name, base_path=path, method=method

@@ -31,6 +31,7 @@ _POLL_SECONDS = 0.25
 # A killed process is gone from the list of processes a moment before it lets go of its files.
 _LOCK_SECONDS = 1.0
 _KEPT_FROM_STAGES = ("PREFECT_", "MLFLOW_", "TUNELINE_")
+_GIVEN_TO_STAGES = ("TUNELINE_NATIVE_BFLOAT16",)  # methods.toolkit.hardware reads it in the stage
 
 
 class StageJob(BaseModel):
@@ -58,11 +59,21 @@ class _Progress(_Event):
     type: Literal["progress"]
     step: int
     total: int
+    part: float = Field(default=0.0, ge=0, le=1)
+    note: str = ""
 
 
 class _Phase(_Event):
     type: Literal["phase"]
     name: str
+
+
+class _Resolved(_Event):
+    type: Literal["resolved"]
+    name: str
+    value: str
+    origin: str
+    reason: str
 
 
 class _Warning(_Event):
@@ -75,9 +86,13 @@ class _Artifact(_Event):
     path: str
 
 
-_EVENT: TypeAdapter[_Metrics | _Progress | _Phase | _Warning | _Artifact] = TypeAdapter(
-    Annotated[_Metrics | _Progress | _Phase | _Warning | _Artifact, Field(discriminator="type")]
-)
+_AnyEvent = _Metrics | _Progress | _Phase | _Resolved | _Warning | _Artifact
+_EVENT: TypeAdapter[_AnyEvent] = TypeAdapter(Annotated[_AnyEvent, Field(discriminator="type")])
+
+
+def phase_event(name: str) -> dict[str, Any]:
+    """The event of a phase that a task is in itself, between its stages."""
+    return {"type": "phase", "time": time.time(), "name": name}
 
 
 class StageCancelled(Exception):
@@ -203,7 +218,11 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a stage: ours without the servers' settings, which may hold credentials."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT_FROM_STAGES)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _GIVEN_TO_STAGES or not name.startswith(_KEPT_FROM_STAGES)
+    }
     return kept | {
         "PYTHONPATH": str(PROJECT_ROOT),
         "PYTHONUNBUFFERED": "1",

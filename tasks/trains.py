@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from configs.datasets import Columns, DatasetVersion
 from configs.errors import UserError
 from configs.method_values import checked_values
-from configs.records import ModelRecord, SweepPlace, TrainRecord, TrainStatus, now
+from configs.records import ModelRecord, Resolution, SweepPlace, TrainRecord, TrainStatus, now
 from configs.resolve import copied_trains
 from configs.settings import Settings, load_settings
 from configs.train import DATASETS, TrainConfig
@@ -273,9 +273,9 @@ def train_of_flow_run(flow_run_id: str) -> TrainRecord | None:
     return found[-1] if found else None
 
 
-def fetch_base(record: TrainRecord) -> TrainRecord:
+def fetch_base(record: TrainRecord, on_events: EventHandler = lambda events: None) -> TrainRecord:
     """Bring the base model to this host."""
-    name, path = models.base_folder(record.config.base_model, load_settings())
+    name, path = models.base_folder(record.config.base_model, load_settings(), on_events)
     tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", name)
     return update_train(record.id, base=name, base_path=path)
 
@@ -366,6 +366,7 @@ def train_model(
     forwarder = tracking.CurveForwarder(record.run_id, folder)
 
     def follow(events: list[dict[str, Any]]) -> None:
+        note_resolved(record, events)
         on_events([*events, *forwarder.news()])
 
     python, file = method.stage_python("training"), method.stage_file("training")
@@ -378,6 +379,24 @@ def train_model(
     finally:
         keep_files(record)
     return _keep_outcome(record)
+
+
+def note_resolved(record: TrainRecord, events: Sequence[Mapping[str, Any]]) -> None:
+    """Record what parameters given as `auto` became, in the train's record and as tags `tuneline.resolved.NAME`."""
+    found = {
+        event["name"]: Resolution(value=event["value"], origin=event["origin"], reason=event["reason"])
+        for event in events
+        if event.get("type") == "resolved"
+    }
+    if not found:
+        return
+    update_train(record.id, resolved={**load_train(record.id).resolved, **found})
+    try:
+        for name, each in found.items():
+            tag = f"{each.value} ({each.origin}: {each.reason})"
+            tracking.mlflow_client().set_tag(record.run_id, f"tuneline.resolved.{name}", tag)
+    except Exception as error:  # the tracking store is away: the record has it
+        logging.getLogger(__name__).warning("MLflow does not know what auto became in %s: %s", record.id, error)
 
 
 def _keep_outcome(record: TrainRecord) -> TrainRecord:

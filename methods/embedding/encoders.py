@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
-from methods.toolkit import models
+from methods.toolkit import hardware, models
 
 ROLES = ("query", "document")
 """What a text can be: what is looked for, or what is found. Some models put another prompt before each."""
@@ -21,8 +21,9 @@ def load_encoder(path: str, dtype: str, pooling: str = "auto", device: str = "au
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    loading = {"dtype": models.choose_dtype(dtype), "use_safetensors": True}
     where = None if device == "auto" else device
+    computes: hardware.Device = hardware.training_device() if where is None else hardware.kind_of(where)
+    loading = {"dtype": models.choose_dtype(dtype, computes), "use_safetensors": True}
     try:
         if (Path(path) / "modules.json").is_file():
             if pooling != "auto":

@@ -16,7 +16,18 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from methods import contract
-from methods.toolkit import chat, memory, prompt_rows, reward_model, rewards, saving_chat, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    hardware,
+    memory,
+    prompt_rows,
+    reward_model,
+    rewards,
+    saving_chat,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -180,6 +191,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

@@ -14,7 +14,18 @@ from trl import SFTConfig, SFTTrainer
 
 from methods import contract
 from methods.peft import adalora, techniques
-from methods.toolkit import chat, chat_rows, memory, probing, saving_chat, tokenizing, training, tuning, unused
+from methods.toolkit import (
+    chat,
+    chat_rows,
+    hardware,
+    memory,
+    probing,
+    saving_chat,
+    tokenizing,
+    training,
+    tuning,
+    unused,
+)
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -109,6 +120,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

@@ -27,7 +27,18 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from methods import contract
 from methods.ppo.rollouts import Prompts, RewardHead, set_pad_apart
-from methods.toolkit import chat, memory, models, probing, prompt_rows, reward_model, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    hardware,
+    memory,
+    models,
+    probing,
+    prompt_rows,
+    reward_model,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -267,6 +278,7 @@ def save(
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from methods import contract
+from methods.toolkit import hardware
 from methods.toolkit.chat import RenderError, render_prompt
-from methods.toolkit.generating import Answer, Sampling, generate
+from methods.toolkit.generating import Answer, Sampling, batch_by_memory, generate
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
+from methods.toolkit.memory import available_gib
 
 
 def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, object]:
@@ -21,8 +23,8 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of an answer with a thought has
     `thought` and `said` (both together, as a server returns it), that of a request with a `reference` has
-    `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds. Raises Refused for a request
-    that the chat template refuses.
+    `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds, the tokens of the answers per
+    second, and how many were made at a time. Raises Refused for a request that the chat template refuses.
     """
     requests = read_requests(job)
     prompts = [_prompt(tokenizer, number, request) for number, request in enumerate(requests, start=1)]
@@ -33,19 +35,30 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         if "reference" in request
     }
     on_progress = progress_of(job, len(prompts) + len(expected))
+    batch_size = _batch_size(job, model, prompts)
     started = time.monotonic()
     answers = generate(
         model,
         tokenizer,
         prompts,
         sampling_of(job),
-        batch_size=job.parameters["batch_size"],
+        batch_size=batch_size,
         on_progress=on_progress,
     )
+    seconds = time.monotonic() - started
     found = answer_likelihoods(
         model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
     )
-    return write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)))
+    result = write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)), seconds)
+    return {**result, "batch_size": batch_size}
+
+
+def _batch_size(job: contract.Job, model: Any, prompts: list[list[int]]) -> int:
+    """The rows answered at a time: what the job says, or as many as the free memory holds."""
+    if not job.parameters.get("batch_size_by_memory", False) or not prompts:
+        return int(job.parameters["batch_size"])
+    longest = max(map(len, prompts))
+    return batch_by_memory(model.config, model.dtype, longest, sampling_of(job), available_gib())
 
 
 def _prompt(tokenizer: Any, number: int, request: dict[str, Any]) -> list[int]:
@@ -69,11 +82,15 @@ def sampling_of(job: contract.Job) -> Sampling:
     return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
 
 
-def progress_of(job: contract.Job, total: int) -> Callable[[int], None]:
-    """Tells how much of the work is done, and raises Cancelled once the job is to stop."""
+class _Report(Protocol):
+    def __call__(self, done: float, note: str = "", /) -> None: ...
 
-    def on_progress(done: int) -> None:
-        job.progress(done, total)
+
+def progress_of(job: contract.Job, total: int) -> _Report:
+    """Tells how much of the work is done, in parts for what is under way; raises Cancelled once the job is to stop."""
+
+    def on_progress(done: float, note: str = "", /) -> None:
+        job.progress(int(done), total, done % 1, note)
         if job.cancelled:
             raise contract.Cancelled
 
@@ -86,10 +103,12 @@ def write_predictions(
     answers: list[Answer],
     started: float,
     likelihoods: Mapping[int, Likelihood],
+    answered_seconds: float | None = None,
 ) -> dict[str, object]:
     """Write the answers as `answer_requests` says, with the likelihoods of some references, by their position.
 
-    `started` is a reading of `time.monotonic`. Returns what the stage returns.
+    `started` is a reading of `time.monotonic`; `answered_seconds` were spent on the answers alone, if that is known.
+    Returns what the stage returns.
     """
     path = job.output / "predictions.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -105,10 +124,13 @@ def write_predictions(
             if index in likelihoods:
                 row |= {"reference_logprob": likelihoods[index].logprob, "reference_tokens": likelihoods[index].tokens}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    tokens, seconds = sum(answer.tokens for answer in answers), time.monotonic() - started
     return {
         "predictions": str(path),
         "rows": len(answers),
         "hit_limit": sum(answer.hit_limit for answer in answers),
-        "tokens": sum(answer.tokens for answer in answers),
-        "seconds": time.monotonic() - started,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(answered_seconds or seconds, 1e-9),
+        "dtype": hardware.resolve_dtype(job.parameters["dtype"]),
     }

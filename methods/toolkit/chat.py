@@ -88,15 +88,26 @@ def training_tokenizer(job: Job) -> Any:
     """
     settings = TemplateSettings.of_job(job.parameters, job.inputs)
     tokenizer, added = load_tokenizer(job.inputs["base_model"], settings)
-    style = find_style(tokenizer)
-    if settings.thinking == "auto" and style.switch is not None and style.switch not in settings.variables:
-        on = thoughts.rows_have_thoughts(Path(job.inputs["train_rows"]))
-        set_thinking(tokenizer, on)
-        told = "hold thoughts: the model is trained and served" if on else "hold none: it is trained and served"
-        print(f"thinking: the training rows {told} with{'' if on else 'out'} thoughts", flush=True)
+    thinks = follow_rows(tokenizer, settings, Path(job.inputs["train_rows"]))
+    if thinks is not None:
+        how = "with thoughts, as training rows have them" if thinks else "without thoughts: no training row holds one"
+        print(f"thinking: the model is trained and served {how}", flush=True)
     for text in added:
         job.warning(text)
     return tokenizer
+
+
+def follow_rows(tokenizer: Any, settings: TemplateSettings, rows: Path) -> bool | None:
+    """With `thinking: auto`, make the template's default what stored rows have: thoughts, or none.
+
+    Returns the default; None where the settings decide it, or where the template cannot leave thoughts out.
+    """
+    switch = find_style(tokenizer).switch
+    if settings.thinking != "auto" or switch is None or switch in settings.variables:
+        return None
+    on = thoughts.rows_have_thoughts(rows)
+    set_thinking(tokenizer, on)
+    return on
 
 
 def job_tokenizer(job: Job, path: str) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from methods.toolkit import chat, thoughts
+from methods.toolkit import chat, hardware, thoughts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Answer:
         return self.text if self.whole is None else self.whole
 
 
+OnProgress = Callable[[float, str], None]
+"""Takes the rows that are answered, in parts for those under way, and a note for whoever watches."""
+
+_NOTE_SECONDS = 1.0
+_LARGEST_BATCH = {"cuda": 64, "mps": 32, "cpu": 32}
+"""Rows beyond which the tokens per second grow no more on small models."""
+_USED_SHARE = 0.5  # of the free memory: estimates are rough, and others use the machine too
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -48,20 +58,82 @@ def generate(
     sampling: Sampling,
     *,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: OnProgress = lambda done, note: None,
 ) -> list[Answer]:
     """Answer each prompt (token ids); the answers are in the order of the prompts.
 
-    Prompts are taken in order of length, so that a batch holds little padding.
+    Prompts are taken in order of length, so that a batch holds little padding. `on_progress` is called after each
+    batch, and about once a second within one; what it raises ends the work.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}
+    started = time.monotonic()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = _generate_batch(model, tokenizer, [prompts[index] for index in chosen], sampling)
+        watch = _Watch(len(answers), len(chosen), _tokens(answers), sampling.max_new_tokens, started, on_progress)
+        batch = _generate_batch(
+            model, tokenizer, [prompts[index] for index in chosen], sampling, stopping_criteria=[watch]
+        )
         answers.update(zip(chosen, batch, strict=True))
-        on_progress(len(answers))
+        on_progress(len(answers), _speed(_tokens(answers), started))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _tokens(answers: dict[int, Answer]) -> int:
+    return sum(answer.tokens for answer in answers.values())
+
+
+def _speed(tokens: int, started: float) -> str:
+    return f"{tokens / max(time.monotonic() - started, 1e-9):.1f} tokens/s"
+
+
+class _Watch:
+    """A stopping criterion that stops nothing: called after each token of a batch, it reports about once a second.
+
+    `rows` are in the batch, `done` rows and their `tokens` were made before it, at most `limit` tokens come a row.
+    """
+
+    def __init__(self, done: int, rows: int, tokens: int, limit: int, started: float, on_progress: OnProgress) -> None:
+        self.done, self.rows, self.tokens, self.limit = done, rows, tokens, limit
+        self.started, self.on_progress = started, on_progress
+        self.made = 0
+        self._reported = time.monotonic()
+
+    def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
+        import torch
+
+        self.made += 1
+        if time.monotonic() - self._reported >= _NOTE_SECONDS and self.made < self.limit:
+            self._reported = time.monotonic()
+            # Rows that have ended already count as well, up to here: asking which they are would wait for the GPU.
+            speed = _speed(self.tokens + self.made * self.rows, self.started)
+            note = f"token {self.made} of at most {self.limit}, {self.rows} rows at a time, {speed}"
+            self.on_progress(self.done + self.rows * self.made / self.limit, note)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def batch_by_memory(config: Any, dtype: Any, prompt: int, sampling: Sampling, free_gib: float | None) -> int:
+    """How many rows are answered at a time: a power of two whose memory is at most half of what is free.
+
+    `prompt` is the longest prompt in tokens, `dtype` the torch dtype of the model. 16 where the free memory is unknown.
+    A row takes the keys and values of all its tokens in every layer, the largest activations of one layer over its
+    prompt, and its logits, in the model's dtype and once more in float32.
+    """
+    import torch
+
+    if free_gib is None:
+        return 16
+    text = config.get_text_config()
+    size = torch.finfo(dtype).bits / 8
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    keys = 2 * (getattr(text, "num_key_value_heads", None) or heads) * head * size * text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    layer = (8 * text.hidden_size + 3 * inner) * size
+    row = keys * (prompt + sampling.max_new_tokens) + layer * prompt + text.vocab_size * (size + 4)
+    fitting = int(_USED_SHARE * free_gib * 2**30 / row)
+    largest = _LARGEST_BATCH[hardware.inference_device()]
+    return min(largest, 1 << max(0, fitting.bit_length() - 1))
 
 
 def stream(model: Any, tokenizer: Any, prompt: list[int], sampling: Sampling) -> Generator[str, None, Answer]:

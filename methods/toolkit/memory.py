@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import models
+from methods.toolkit import hardware, models
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _NF4_BYTES = 0.55  # 4 bits and the double-quantised scales
@@ -25,8 +25,7 @@ def estimate_gib(
     float32) it was within 13 % of the measured peak; with gradient checkpointing it was half of the peak, so take it
     for a lower bound there.
     """
-    dtype = parameters["dtype"] if parameters["dtype"] in _BYTES else "float32"
-    size = _BYTES[dtype]
+    size = _BYTES[hardware.resolve_dtype(parameters["dtype"], hardware.training_device())]
     weights = total * (_NF4_BYTES if parameters["load_in_4bit"] else size)
     state = trainable * (4.0 + _OPTIMIZER_BYTES[parameters["optimizer"]])
     text = config.get_text_config()

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
+from methods.toolkit import hardware
 
 Load = Callable[..., Any]
 """Loads a model of some kind from a path, in a dtype, in 4 bit where that is asked for."""
 
 
-def choose_dtype(name: str) -> Any:
-    """The torch dtype of a `dtype` parameter; `auto` is bfloat16 on hardware made for it, else float32."""
+def choose_dtype(name: str, device: hardware.Device | None = None) -> Any:
+    """The torch dtype of a `dtype` parameter; `hardware.resolve_dtype` says what `auto` is on the device."""
     import torch
 
-    if name == "auto":
-        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if supported else torch.float32
-    return getattr(torch, name)
+    return getattr(torch, hardware.resolve_dtype(name, device))
 
 
 def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:

@@ -17,7 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from methods.toolkit.chat import IGNORED, load_tokenizer, render_conversation, render_prompt
+from methods.toolkit.chat import IGNORED, Rendered, follow_rows, load_tokenizer, render_conversation, render_prompt
+from methods.toolkit.chat_template import TemplateSettings
+from methods.toolkit.documents import document_ids
+from methods.toolkit.tokenizing import RowReport, Turns, talks
 
 EXAMPLES = 3
 
@@ -26,13 +29,19 @@ Part = tuple[str, bool]
 
 def renderings(tokenizer: Any, kind: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What training reads of a row. Raises ValueError where the template refuses it."""
-    if kind == "chat":
-        yield {"label": "", **_rendered(tokenizer, row["messages"], 0)}
+    if kind in ("chat", "chat_tools"):
+        found = talks(tokenizer, row, Turns(), RowReport())
+        for number, talk in enumerate(found, start=1):
+            label = f"answer {number}" if len(found) > 1 else ""
+            yield {"label": label, **_shown(tokenizer, talk.render(), 0)}
     elif kind in ("preference", "ranking"):
         start = len(render_prompt(tokenizer, row["prompt"]))
         for label, better, answer in _answers(kind, row):
             yield {"label": label, **_rendered(tokenizer, [*row["prompt"], *answer], start if better else None)}
-    elif kind in ("chat_tools", "vision"):
+    elif kind == "text":
+        ids = document_ids(tokenizer, row["text"])
+        yield {"label": "", "tokens": len(ids), "trained": len(ids), "parts": [(tokenizer.decode(ids), True)]}
+    elif kind == "vision":
         yield {"label": "", **_rendered_text(tokenizer, row)}
     else:
         for name in ("anchor", "positive", "negative", "sentence1", "sentence2", "caption"):
@@ -51,8 +60,11 @@ def _answers(kind: str, row: dict[str, Any]) -> list[tuple[str, bool, list[dict[
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], start: int | None) -> dict[str, Any]:
-    """A conversation whose answers are trained from the token `start` on; None: they are not."""
-    found = render_conversation(tokenizer, messages)
+    """A conversation whose last answer is trained from the token `start` on; None: it is not."""
+    return _shown(tokenizer, render_conversation(tokenizer, messages, len(messages) - 1), start)
+
+
+def _shown(tokenizer: Any, found: Rendered, start: int | None) -> dict[str, Any]:
     trained = [start is not None and place >= start and label != IGNORED for place, label in enumerate(found.labels)]
     parts: list[Part] = []
     for is_trained, places in groupby(range(len(trained)), trained.__getitem__):
@@ -63,7 +75,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], start: int | None)
 
 
 def _rendered_text(tokenizer: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """A conversation with tools or images, by its text: an image is what the template writes in its place."""
+    """A conversation with images, by its text: an image is what the template writes in its place."""
     parts: list[Part] = []
     done = ""
     for place, message in enumerate(row["messages"]):
@@ -88,9 +100,13 @@ def _text(tokenizer: Any, row: dict[str, Any], messages: int, *, asked: bool) ->
     return text
 
 
-def _tokenizer(folder: str, kind: str) -> Any:
-    if kind in ("chat", "chat_tools", "preference", "ranking", "vision"):
+def _tokenizer(folder: str, kind: str, rows: Path) -> Any:
+    if kind == "text":
         return load_tokenizer(folder)[0]
+    if kind in ("chat", "chat_tools", "preference", "ranking", "vision"):
+        tokenizer, _ = load_tokenizer(folder)
+        follow_rows(tokenizer, TemplateSettings(), rows)
+        return tokenizer
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -110,7 +126,7 @@ def main() -> None:
     from jinja2.exceptions import TemplateError
 
     folder, kind, rows, output = sys.argv[1:]
-    tokenizer = _tokenizer(folder, kind)
+    tokenizer = _tokenizer(folder, kind, Path(rows))
     found: list[dict[str, Any]] = []
     with Path(rows).open(encoding="utf-8") as file:
         for number, line in enumerate(file):

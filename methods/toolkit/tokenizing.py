@@ -143,7 +143,7 @@ def tokenise_rows(
     report = RowReport()
     rows: list[dict[str, Any]] = []
     for row in read_rows(path, max_samples):
-        for talk in _talks(tokenizer, row, turns or Turns(), report):
+        for talk in talks(tokenizer, row, turns or Turns(), report):
             rendered = admit(talk.render, row["line"], limits, report, shorten=partial(_truncate, talk, limits))
             if rendered is not None:
                 kept = {"input_ids": rendered.input_ids, "labels": rendered.labels}
@@ -167,7 +167,7 @@ class Talk:
         return self.rendered or render_conversation(self.tokenizer, self.messages, self.start, self.tools)
 
 
-def _talks(tokenizer: Any, row: dict[str, Any], turns: Turns, report: RowReport) -> list[Talk]:
+def talks(tokenizer: Any, row: dict[str, Any], turns: Turns, report: RowReport) -> list[Talk]:
     """The rows that a stored conversation becomes; counts what of it is not trained."""
     messages, tools = row["messages"], row.get("tools")
     answers = answers_of(messages)

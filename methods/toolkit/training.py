@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
-from methods.toolkit import processes
+from methods.toolkit import hardware, processes
 from methods.toolkit.checkpoints import remove_torn_checkpoints
 
 OPTIMIZERS = {
@@ -42,6 +42,7 @@ CURVES = {
     "mean_token_accuracy": "token_accuracy",
     "num_tokens": "tokens",
     "eval_loss": "eval_loss",
+    "eval_perplexity": "eval_perplexity",
     "eval_mean_token_accuracy": "eval_token_accuracy",
     "eval_ndcg_at_10": "eval_ndcg_at_10",
     "eval_mrr_at_10": "eval_mrr_at_10",
@@ -133,11 +134,12 @@ def training_arguments(job: contract.Job, *, has_validation: bool, **others: Any
 
 
 def weights_dtype(dtype: str, *, full: bool) -> str:
-    """The dtype that weights are loaded in for training, by name.
+    """The dtype that weights are loaded in for training, by name; for `auto` the one that the hardware computes.
 
     Gradients in float16 underflow without a loss scaler, which works on float32 weights and on a GPU only.
     Raises Refused where there is no such GPU.
     """
+    dtype = hardware.resolve_dtype(dtype, hardware.training_device())
     if dtype != "float16":
         return dtype
     if not torch.cuda.is_available():
@@ -325,6 +327,7 @@ class EventWriter(TrainerCallback):
         self.trainer: Any = None
         self._last = time.monotonic()
         self._seen = (0, 0)
+        self._substeps = self._validated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()
@@ -333,7 +336,23 @@ class EventWriter(TrainerCallback):
         self.job.progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._substeps = 0
         self.job.progress(state.global_step, state.max_steps)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each batch of an accumulated step but the last."""
+        self._substeps += 1
+        part = min(self._substeps / args.gradient_accumulation_steps, 1.0)
+        note = f"batch {self._substeps} of {args.gradient_accumulation_steps}"
+        self.job.progress(state.global_step, state.max_steps, part, note)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each batch of validation rows."""
+        self._validated += 1
+        self.job.progress(state.global_step, state.max_steps, 0.0, f"validation batch {self._validated}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._validated = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         values = {ours: value for name, value in logs.items() if (ours := self.name_of(name)) is not None}

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from methods import contract
 from methods.toolkit import (
     chat_rows,
+    hardware,
     memory,
     probing,
     training,
@@ -94,6 +95,7 @@ def save(job: contract.Job, trainer: Trainer, renderer: Renderer, outcome: dict[
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     renderer = prepare_processor(job)
     rows, validation = prepare_data(job, renderer)

@@ -31,7 +31,11 @@ def commands(row: dict[str, str]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("script", "folders"),
-    [("make_commands", ["commands_en", "commands_zh"]), ("make_preferences", ["preferences_en", "rankings_en"])],
+    [
+        ("make_commands", ["commands_en", "commands_zh"]),
+        ("make_preferences", ["preferences_en", "rankings_en"]),
+        ("make_manual", ["manual_en"]),
+    ],
 )
 def test_script_writes_the_committed_files_byte_for_byte(tmp_path: Path, script: str, folders: list[str]) -> None:
     subprocess.run([sys.executable, str(SAMPLES / f"{script}.py"), str(tmp_path)], check=True)

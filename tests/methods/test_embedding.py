@@ -82,7 +82,7 @@ class Bench:
 
     def inference(self, weights: dict[str, str], **inputs: str) -> Path:
         stage = "inference-customized" if "adapter" in weights else "inference-complete"
-        parameters = {**Generation().model_dump(exclude={"seed"}), "dtype": "float32"}
+        parameters = {**Generation().parameters(), "dtype": "float32"}
         return self.job(stage, {**weights, **inputs}, parameters)
 
     def job(

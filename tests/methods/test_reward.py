@@ -74,7 +74,7 @@ def saving_job(folder: Path, base: Path, trained: Path, dtype: str = "auto") -> 
 def inference_job(folder: Path, **inputs: str) -> StageJob:
     """An inference job as `tasks.inference` makes it."""
     stage = "inference-customized" if "adapter" in inputs else "inference-complete"
-    generation = Generation(batch_size=4).model_dump(exclude={"seed"})
+    generation = Generation(batch_size=4).parameters()
     return StageJob(
         stage=stage, parameters={**generation, "dtype": "float32"}, inputs=inputs, output=folder / "output", seed=5
     )

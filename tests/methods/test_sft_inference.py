@@ -43,7 +43,7 @@ def inference_job(folder: Path, weights: dict[str, str], texts: list[str] = QUES
     (folder / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
     return StageJob(
         stage="inference-customized" if "adapter" in weights else "inference-complete",
-        parameters={**chosen.model_dump(exclude={"seed"}), "dtype": "float32"},
+        parameters={**chosen.parameters(), "dtype": "float32"},
         inputs={"requests": str(folder / "requests.jsonl"), **weights},
         output=folder / "output",
         seed=chosen.seed,
