@@ -171,6 +171,8 @@ def _run_stages(family: Family, case: Case, folder: Path) -> None:
         seed=0,
     )
     run(folder / "saving", case.method, saving)
+    if case.method != "reward":
+        _require_ends(family, saving.output)
     _ask(run, case, folder / "complete", {"model": str(saving.output)}, requests)
 
 
@@ -237,6 +239,17 @@ def _ask(run: Run, case: Case, folder: Path, weights: dict[str, str], requests: 
     assert len(given) == len(asked)
     if case.method != "reward":
         _require_served_prompts(weights, asked, [json.loads(line)["prompt_token_ids"] for line in given])
+
+
+def _require_ends(family: Family, complete: Path) -> None:
+    """A server of the complete model stops at the family's end tokens."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    configured = GenerationConfig.from_pretrained(complete).eos_token_id
+    ends = AutoTokenizer.from_pretrained(complete).convert_ids_to_tokens(
+        configured if isinstance(configured, list) else [configured]
+    )
+    assert {*family.ends, *family.tool_ends} <= set(ends), f"the complete model stops at {ends} only"
 
 
 def _require_served_prompts(weights: dict[str, str], asked: list[dict[str, Any]], prompts: list[list[int]]) -> None:

@@ -14,6 +14,7 @@ from tests.families.family_models import BY_NAME, FAMILIES
 
 
 @pytest.mark.families
+@pytest.mark.usefixtures("stages")
 @pytest.mark.parametrize("case", [case.title for case in CASES])
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_the_cell_is_what_the_documents_say(family: str, case: str, tmp_path: Path, record_property: Any) -> None:
