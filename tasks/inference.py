@@ -33,6 +33,9 @@ class Generation(BaseModel):
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=50, ge=0)
+    model_settings: tuple[str, ...] = Field(
+        default=(), description="Settings that the model's own generation_config decides, as at a server; else none."
+    )
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=42, ge=0)
 
@@ -66,22 +69,35 @@ def answer_requests(
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
     keep: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """What the model's inference stage makes of requests of its kind, in order.
+    """What the model's inference stage makes of requests of its kind, in order; see `answer_on_record`."""
+    return answer_on_record(model, requests, generation, on_events, keep)[0]
 
-    Pictures that it makes are moved to the folder `keep`. Raises UserError, StageFailed, StageCancelled.
+
+def answer_on_record(
+    model: ModelRecord,
+    requests: Sequence[Mapping[str, Any]],
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    keep: Path | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What the model's inference stage makes of requests, in order, and what it says of how answers were made.
+
+    The latter is empty where the stage says nothing of it. Pictures that it makes are moved to the folder `keep`.
+    Raises UserError, StageFailed, StageCancelled.
     """
     with _work_folder() as work:
         file = work / "requests.jsonl"
         lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
         file.write_text("".join(lines), encoding="utf-8")
-        _run(work, model, {"requests": str(file)}, generation, on_events)
+        result = _run(work, model, {"requests": str(file)}, generation, on_events)
         text = (work / "output" / "predictions.jsonl").read_text(encoding="utf-8")
         predictions: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[:-1]]
         if keep is not None:
             for number, each in enumerate(predictions, start=1):
                 if "image" in each:
                     each["image"] = str(_moved(Path(each["image"]), keep, number))
-    return predictions
+    said = result.get("generation")
+    return predictions, said if isinstance(said, dict) else {}
 
 
 def measure_rows(

@@ -16,7 +16,18 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from methods import contract
-from methods.toolkit import chat, memory, prompt_rows, reward_model, rewards, saving_chat, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    generating,
+    memory,
+    prompt_rows,
+    reward_model,
+    rewards,
+    saving_chat,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -38,7 +49,9 @@ class Trainer(training.Scheduled, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Answers follow from the seed and the step alone, not from what was drawn before a checkpoint.
         set_seed(training.step_seed(self.job.seed, self._step, self.accelerator.process_index))
-        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        # Nothing of the model's own settings, such as a penalty for repetition, may bend the sampled probabilities.
+        with generating.replaced_config(self.accelerator.unwrap_model(self.model), self.generation_config):
+            scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
         return scored
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from methods import contract
 from methods.toolkit.chat import render_prompt
-from methods.toolkit.generating import Answer, Sampling, generate
+from methods.toolkit.generating import Answer, Sampling, generate, record
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
 
 
@@ -20,7 +20,8 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
     """Answer `inputs.requests` (JSON lines with `messages`) into `predictions.jsonl` of the job's output folder.
 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of a request with a `reference`
-    has `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds.
+    has `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds, and in `generation` the
+    settings that the answers were made with.
     """
     requests = read_requests(job)
     prompts = [render_prompt(tokenizer, request["messages"]) for request in requests]
@@ -43,7 +44,10 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
     found = answer_likelihoods(
         model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
     )
-    return write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)))
+    return {
+        **write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True))),
+        "generation": record(model, sampling_of(job)),
+    }
 
 
 def read_requests(job: contract.Job) -> list[dict[str, Any]]:
@@ -56,7 +60,8 @@ def read_requests(job: contract.Job) -> list[dict[str, Any]]:
 def sampling_of(job: contract.Job) -> Sampling:
     """How the job wants its answers made."""
     p = job.parameters
-    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
+    kept = tuple(p.get("model_settings", ()))
+    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"], kept)
 
 
 def progress_of(job: contract.Job, total: int) -> Callable[[int], None]:
