@@ -125,7 +125,7 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None]:
     """Load the base model, and say which adapter the trainer is to put on it: without it, it is the reference."""
     model = tuning.load_trained_model(job)
     tuning.switch_dropout_off(model)
-    lora = None if job.parameters["tuning"] == "full" else tuning.lora_config(job.parameters)
+    lora = None if job.parameters["tuning"] == "full" else tuning.fitting_lora(model, job.parameters)
     return model, lora
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 
 from methods import contract
 from methods.toolkit import models, training
+from methods.toolkit.adapter_targets import check_targets
 
 
 def load_trained_model(job: contract.Job, load: models.Load = models.load_model, start: str | None = None) -> Any:
@@ -40,8 +41,16 @@ def lora_config(parameters: dict[str, Any], task_type: str = "CAUSAL_LM") -> Lor
     )
 
 
+def fitting_lora(model: Any, parameters: dict[str, Any], task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """The LoRA that the hyper-parameters ask for. Raises Refused for targets that this model cannot train."""
+    config = lora_config(parameters, task_type)
+    check_targets(model, config.target_modules)
+    return config
+
+
 def add_lora(model: Any, config: LoraConfig) -> PeftModel:
-    """Put the adapter on top of the model. Raises Refused where the model has none of its targets."""
+    """Put the adapter on top of the model. Raises Refused where the model lacks one of its targets."""
+    check_targets(model, config.target_modules)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
