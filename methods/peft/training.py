@@ -71,6 +71,8 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
     arguments = SFTConfig(
         **training.training_arguments(job, has_validation=validation is not None),
         max_length=None,  # rows are already limited, and what was cut is counted
+        # A trained prompt has no say in how experts are balanced, and a prefix makes the mask too long for that loss.
+        router_aux_loss_coef=None if techniques.TECHNIQUES[p["technique"]].mergeable else 0.0,
     )
     events = training.EventWriter(job)
     callbacks: list[Any] = [events, training.CheckpointKeeper(job)]

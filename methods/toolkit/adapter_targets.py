@@ -1,11 +1,13 @@
-"""Refuses adapter targets that a model does not have or that cannot be trained, before anything is trained."""
+"""Finds what adapter targets name in a model, and refuses before the train those that cannot be trained."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from methods.contract import Refused
+from methods.toolkit.expert_weights import expert_parameters
 
 _SHOWN = 20
 
@@ -14,13 +16,13 @@ def check_targets(model: Any, targets: str | Collection[str] | None, parameter: 
     """Refuse named targets that no module of the model has, and its output head. Raises Refused.
 
     The trainers compute the loss from the weight of the output head and pass over an adapter on it. A pattern, or
-    `all-linear`, is left to the library.
+    `all-linear`, is left to the library, and so are unknown names in a mixture of experts: it reads the names that the
+    experts' layers had before transformers 5.
     """
     if targets is None or isinstance(targets, str):
         return
-    names = [name for name, _ in model.named_modules()]
-    missing = sorted(target for target in targets if not any(_is_named(name, target) for name in names))
-    if missing:
+    missing = sorted(target for target in targets if not _is_module(model, target))
+    if missing and not expert_parameters(model):
         raise Refused(
             f"{parameter} names {', '.join(missing)}, which this model ({model.config.model_type}) does not have. "
             f"Its layers: {', '.join(layer_names(model))}"
@@ -35,6 +37,17 @@ def check_targets(model: Any, targets: str | Collection[str] | None, parameter: 
         )
 
 
+def split_targets(model: Any, targets: Collection[str]) -> tuple[list[str], list[str]]:
+    """The targets that name modules, and those that name experts (`experts.down_proj`) by their place in a layer."""
+    experts = expert_parameters(model)
+    modules, parameters = [], set()
+    for target in targets:
+        named = {re.sub(r"^.*\.\d+\.", "", name) for name in experts if "." in target and _is_named(name, target)}
+        parameters |= named
+        modules += [] if named else [target]
+    return modules, sorted(parameters)
+
+
 def head_name(model: Any) -> str | None:
     """The name of the module that turns hidden states into logits; None where the model has none."""
     head = model.get_output_embeddings()
@@ -42,7 +55,7 @@ def head_name(model: Any) -> str | None:
 
 
 def layer_names(model: Any) -> list[str]:
-    """The last parts of the names of linear layers and of the input embeddings: what adapters can be put on."""
+    """What adapters can be put on: the last parts of the names of linear layers, input embeddings and experts."""
     import torch
 
     head, embedded = head_name(model), model.get_input_embeddings()
@@ -51,7 +64,12 @@ def layer_names(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if name != head and (isinstance(module, torch.nn.Linear) or module is embedded)
     }
-    return sorted(name for name in found if not name.isdecimal())[:_SHOWN]
+    experts = {".".join(name.split(".")[-2:]) for name in expert_parameters(model)}
+    return sorted(name for name in found | experts if not name.isdecimal())[:_SHOWN]
+
+
+def _is_module(model: Any, target: str) -> bool:
+    return any(_is_named(name, target) for name, _ in model.named_modules())
 
 
 def _is_named(name: str, target: str) -> bool:

@@ -1,7 +1,7 @@
 """Finds the experts of a mixture-of-experts model that are held in one parameter a layer, and reports what skips them.
 
 In transformers 5 such experts are parameters of three dimensions (experts, rows, columns) and not linear layers:
-bitsandbytes leaves them as they are, and an adapter on linear layers does not reach them.
+bitsandbytes leaves them as they are, and an adapter reaches them where its targets name them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def report(job: contract.Job, model: Any) -> None:
     if not experts:
         return
     # By what they stand for: two 4-bit weights lie in one byte.
-    total = sum(_elements(parameter) for parameter in model.parameters())
+    total = sum(_elements(parameter) for name, parameter in model.named_parameters() if "lora_" not in name)
     names = ", ".join(sorted({name.rpartition(".")[2] for name in experts}))
     unquantised = [parameter for parameter in experts.values() if parameter.is_floating_point()]
     if job.parameters.get("load_in_4bit") and unquantised:
@@ -47,8 +47,18 @@ def report(job: contract.Job, model: Any) -> None:
         share = sum(parameter.numel() for parameter in frozen.values()) / total
         job.warning(
             f"the adapter is on linear layers only: the experts ({names}), {share:.0%} of the weights, stay as the "
-            "base has them"
+            f"base has them. To train them too, add {_as_target(experts)} to lora_targets"
         )
+    elif any("lora_" in name for name, _ in model.named_parameters()):
+        size = sum(parameter.nbytes for parameter in experts.values()) / 2**30
+        job.warning(
+            f"adapters on experts make a copy of them in each step: up to {size:.3g} GiB more than estimated, with "
+            "gradient_checkpointing one layer's share of it"
+        )
+
+
+def _as_target(experts: dict[str, Any]) -> str:
+    return " and ".join(sorted({".".join(name.split(".")[-2:]) for name in experts}))
 
 
 def _without_adapter(model: Any, experts: dict[str, Any]) -> dict[str, Any]:

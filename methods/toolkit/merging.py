@@ -108,7 +108,10 @@ def untie_adapted(model: Any) -> None:
 def save_weights(model: Any, output: Path, dtype: str) -> None:
     """Save a whole model as safetensors in `dtype`, its configuration saying so."""
     model = model.to(getattr(torch, dtype))
-    model.config.get_text_config().use_cache = True
+    text = model.config.get_text_config()
+    text.use_cache = True
+    if hasattr(text, "output_router_logits"):
+        text.output_router_logits = False  # training switches it on, for the loss that balances experts
     model.save_pretrained(output, max_shard_size="5GB")
 
 
