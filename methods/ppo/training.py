@@ -178,7 +178,7 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None, Any]:
         return actor, None, critic
     lora = tuning.fitting_lora(actor, p)
     with tuning.refusing():
-        inject_adapter_in_model(tuning.lora_config(p, "SEQ_CLS"), critic)
+        inject_adapter_in_model(tuning.fitting_lora(critic, p, "SEQ_CLS"), critic)
     critic.score.requires_grad_(True)
     return actor, lora, critic
 

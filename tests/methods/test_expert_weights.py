@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from methods import contract
 from methods.sft import saving
-from methods.toolkit import adapter_targets, expert_weights, memory, models
+from methods.toolkit import adapter_targets, chat, expert_weights, generating, memory, models
 from tests.methods.stage_jobs import open_job
 from tests.methods.test_sft_saving import saving_job
 from tests.methods.training_bench import Bench
@@ -77,6 +77,16 @@ def test_experts_that_are_named_are_trained_merged_and_verified(bench: Bench, tm
     result = saving.main(open_job(tmp_path / "saving", saving_job(tmp_path / "saving", bench.base, folder / "output")))
     figures: Any = result["verification"]
     assert figures["merged_to_reference"] <= figures["tolerance"] < figures["merged_to_base"]
+
+
+def test_a_fully_trained_mixture_is_saved_without_a_switch_of_its_training(bench: Bench, tmp_path: Path) -> None:
+    folder = bench.train(**{**TRAINED, "learning_rate": 1e-3}, tuning="full", validation=True, num_generations=1)
+    saving.main(open_job(tmp_path / "saving", saving_job(tmp_path / "saving", bench.base, folder / "output")))
+    output = tmp_path / "saving" / "output"
+    assert json.loads((output / "config.json").read_text())["output_router_logits"] is False
+    whole, (tokenizer, _) = models.load_with_adapter(str(output), None, "float32"), chat.load_tokenizer(str(output))
+    prompt = chat.render_prompt(tokenizer, [{"role": "user", "content": "on"}])
+    assert generating.generate(whole, tokenizer, [prompt], generating.Sampling(4))[0].tokens <= 4
 
 
 def test_dropout_on_experts_is_refused_with_its_parameter(bench: Bench) -> None:
