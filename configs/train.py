@@ -194,7 +194,8 @@ class Hyperparameters(BaseModel):
     lora_targets: Targets = Field(
         default="all-linear",
         title="LoRA targets",
-        description="Which modules get an adapter: all-linear, or names such as q_proj,v_proj.",
+        description="Which modules get an adapter: all-linear, or names such as q_proj,v_proj; embed_tokens and "
+        "experts (experts.down_proj) too, the output head not.",
     )
     max_seq_length: Whole = Field(
         default=1024,

@@ -145,6 +145,7 @@ def _check_adapter(path: Path) -> None:
         "use_dora": (None, False),
         "bias": (None, "none"),
         "modules_to_save": (None, []),
+        "target_parameters": (None, []),
     }
     for field, fine in allowed.items():
         if config.get(field) not in fine:

@@ -187,10 +187,11 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None, Any]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     if p["tuning"] == "full":
         return actor, None, critic
+    lora = tuning.fitting_lora(actor, p)
     with tuning.refusing():
-        inject_adapter_in_model(tuning.lora_config(p, "SEQ_CLS"), critic)
+        inject_adapter_in_model(tuning.fitting_lora(critic, p, "SEQ_CLS"), critic)
     critic.score.requires_grad_(True)
-    return actor, tuning.lora_config(p), critic
+    return actor, lora, critic
 
 
 def build_trainer(
@@ -271,7 +272,7 @@ def save(
     actor.generation_config = generation
     rows = islice(tokenizing.read_messages(Path(job.inputs["train_rows"]), -1), probing.PROBE_ROWS)
     probing.write_probes(job.output, tokenizer, [messages for _, messages in rows])
-    actor.save_pretrained(job.output)
+    models.save_trained(actor, job.output)
     chat.save_tokenizer(tokenizer, job.output)
     return {"model": str(job.output), "adapter": isinstance(actor, PeftModel), **outcome}
 

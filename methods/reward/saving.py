@@ -21,7 +21,7 @@ def save_complete(job: contract.Job, dtype: str) -> None:
         model = merging.merged(base, trained, models.load_scorer)
     else:
         model = models.load_scorer(trained, "float32")
-    # A score is read at the last token that is not this one.
+    # A score is read at the last token that is not this one. Of an adapter it is the trained tokenizer's.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merging.save_weights(model, job.output, dtype)
     tokenizer.save_pretrained(job.output)

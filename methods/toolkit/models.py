@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
-from methods.toolkit import hardware
+from methods.toolkit import chat, hardware
 
 Load = Callable[..., Any]
 """Loads a model of some kind from a path, in a dtype, in 4 bit where that is asked for."""
@@ -37,7 +37,8 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
 def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     """Load a model with one number as its output: a reward model, or a base model under a new random head.
 
-    The global generator decides the head. Raises Refused if the model cannot be loaded as one.
+    The global generator decides the head. The score is read at the last token that is not the pad token of the
+    model's tokenizer, whether or not the base names one. Raises Refused if the model cannot be loaded as one.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -45,11 +46,13 @@ def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # else it advises to train a base model's head, which is what is about to happen
     try:
-        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **loading(dtype, load_in_4bit))
+        found = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **loading(dtype, load_in_4bit))
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a reward model: {error}") from error
     finally:
         logging.set_verbosity(told)
+    found.config.get_text_config().pad_token_id = chat.load_tokenizer(path)[0].pad_token_id
+    return found
 
 
 def loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:
@@ -93,6 +96,17 @@ def load_with_adapter(base: str, adapter: str | None, dtype: str, load: Load = l
 
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
+
+
+def save_trained(model: Any, folder: Path) -> None:
+    """Save what training leaves: the adapter of a model that has one, else the whole model.
+
+    An adapter on the embeddings is saved without the base's embeddings, which it does not change.
+    """
+    from peft import PeftModel
+
+    alone = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **alone)
 
 
 def parameter_counts(model: Any) -> dict[str, int]:

@@ -45,7 +45,7 @@ def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[st
         trainer.save_model(str(job.output))  # gathers the parts of all processes
         (job.output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
     elif job.is_main:
-        trainer.model.save_pretrained(job.output)
+        models.save_trained(trainer.model, job.output)
     adapter = isinstance(model, PeftModel)
     if job.is_main:
         chat.save_tokenizer(tokenizer, job.output)

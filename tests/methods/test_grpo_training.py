@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def learned(taught: Path, rows: Path, held_back: Path, tmp_path_factory: pytest.
     """The job folder of a train on the task."""
     bench = Bench("grpo", taught, rows, tmp_path_factory.mktemp("learned"), held_back)
     return bench.train(validation=True, **LEARNING)
+
+
+def test_settings_of_the_models_own_generation_config_bend_no_sample(taught: Path, rows: Path, tmp_path: Path) -> None:
+    bent = tmp_path / "bent"
+    shutil.copytree(taught, bent)
+    own = {"suppress_tokens": list(range(3, 300)), "repetition_penalty": 5.0, "min_p": 0.9, "no_repeat_ngram_size": 1}
+    file = bent / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    folders = [Bench("grpo", base, rows, tmp_path / f"jobs-{base.name}").train(**SHORT) for base in (taught, bent)]
+    assert curve(folders[0], "reward") == curve(folders[1], "reward")
+    assert curve(folders[0], "completion_length") == curve(folders[1], "completion_length")
+    assert losses(folders[0]) == losses(folders[1])
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
