@@ -19,6 +19,7 @@ from configs.records import ModelRecord
 from configs.settings import load_settings
 from methods.registry import StageName, find_method
 from tasks.gpus import borrowing_slot
+from tasks.remote_code import allowed_digests
 from tasks.stages import StageJob, run_stage
 
 Message = dict[str, Any]
@@ -123,7 +124,7 @@ def _run(
     job = StageJob(
         stage=stage,
         parameters={**generation.model_dump(exclude={"seed"}), "dtype": model.dtype},
-        inputs={**inputs, **_weights(model)},
+        inputs={**inputs, **_weights(model), "remote_code": allowed_digests([model.base_path, model.path])},
         output=work / "output",
         seed=generation.seed,
     )

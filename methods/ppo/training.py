@@ -27,7 +27,18 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from methods import contract
 from methods.ppo.rollouts import Prompts, RewardHead, set_pad_apart
-from methods.toolkit import chat, memory, models, probing, prompt_rows, reward_model, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    memory,
+    models,
+    probing,
+    prompt_rows,
+    remote_code,
+    reward_model,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -260,6 +271,7 @@ def save(
     probing.write_probes(job.output, tokenizer, [messages for _, messages in rows])
     actor.save_pretrained(job.output)
     tokenizer.save_pretrained(job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     return {"model": str(job.output), "adapter": isinstance(actor, PeftModel), **outcome}
 
 

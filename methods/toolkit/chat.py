@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from methods.contract import Job, Refused
+from methods.toolkit import remote_code, token_templates
 
 IGNORED = -100
 
@@ -47,7 +48,8 @@ def load_tokenizer(path: str) -> tuple[Any, list[str]]:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with remote_code.explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote_code.loading(path))
     added = []
     if tokenizer.eos_token_id is None:
         raise Refused(f"the tokenizer of {path} names no eos_token; add one to its tokenizer_config.json")
@@ -55,6 +57,9 @@ def load_tokenizer(path: str) -> tuple[Any, list[str]]:
         # Safe although it is also a real token: batches are masked by attention and labels, never by token id.
         tokenizer.pad_token = tokenizer.eos_token
         added.append(f"the tokenizer has no pad token: {tokenizer.eos_token!r} is used")
+    if tokenizer.chat_template is None and (template := token_templates.of_generation_config(path, tokenizer)):
+        tokenizer.chat_template = template
+        added.append("the model has no chat template: one of its own user and assistant tokens is used and saved")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
         added.append("the model has no chat template: Tuneline's plain one is used and saved with the model")

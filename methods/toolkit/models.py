@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
+from methods.toolkit import remote_code
 
 Load = Callable[..., Any]
 """Loads a model of some kind from a path, in a dtype, in 4 bit where that is asked for."""
@@ -31,7 +32,10 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **loading(dtype, load_in_4bit))
+        with remote_code.explained(path):
+            return AutoModelForCausalLM.from_pretrained(
+                path, **remote_code.loading(path), **loading(dtype, load_in_4bit)
+            )
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a causal language model: {error}") from error
 
@@ -47,7 +51,10 @@ def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # else it advises to train a base model's head, which is what is about to happen
     try:
-        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **loading(dtype, load_in_4bit))
+        with remote_code.explained(path):
+            return AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, **remote_code.loading(path), **loading(dtype, load_in_4bit)
+            )
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a reward model: {error}") from error
     finally:

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from methods.toolkit import remote_code
 from methods.toolkit.chat import IGNORED, load_tokenizer, render_conversation, render_prompt
 
 EXAMPLES = 3
@@ -93,7 +94,7 @@ def _tokenizer(folder: str, kind: str) -> Any:
         return load_tokenizer(folder)[0]
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, **remote_code.loading(folder))
 
 
 def _without_torch() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing, processes
+from methods.toolkit import chat, merging, models, probing, processes, remote_code
 
 
 def save_trained(
@@ -42,6 +42,7 @@ def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[st
         trainer.model.save_pretrained(job.output)
     if job.is_main:
         tokenizer.save_pretrained(job.output)
+        remote_code.carry(job.inputs["base_model"], job.output)
     processes.wait_for_all()
     adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     return {"model": str(job.output), "adapter": adapter, **outcome}
@@ -61,6 +62,7 @@ def save_complete(job: contract.Job, dtype: str) -> None:
         merging.save_weights(models.load_model(trained, "float32"), job.output, dtype)
     tokenizer, _ = chat.load_tokenizer(trained)
     tokenizer.save_pretrained(job.output)
+    remote_code.carry(base, job.output)
     shutil.copyfile(Path(trained) / probing.PROBES_FILE, job.output / probing.PROBES_FILE)
 
 
