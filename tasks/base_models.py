@@ -15,6 +15,7 @@ from pathlib import Path
 
 from configs.base_models import BaseModelEntry, WheelSource, add_base_model
 from configs.errors import UserError
+from configs.remote_code import is_entry
 from configs.settings import PROJECT_ROOT, Settings
 from methods.toolkit.remote_code import auto_maps, code_of, copy_code
 from tasks.files import one_at_a_time
@@ -61,9 +62,10 @@ def source_folder(entry: BaseModelEntry, settings: Settings) -> tuple[Path, str 
     return fetch_base_model(entry, settings), None
 
 
-def hub_entry(hub: str, snapshot: Path) -> str:
-    """OWNER/NAME@COMMIT of a snapshot in the hub's cache, whose folder has the name of its commit."""
-    return f"{hub}@{snapshot.name}"
+def hub_entry(hub: str, snapshot: Path) -> str | None:
+    """OWNER/NAME@COMMIT of a snapshot in the hub's cache, whose folder has the name of its commit; else None."""
+    entry = f"{hub}@{snapshot.name}"
+    return entry if is_entry(entry) else None
 
 
 def check_code(entry: BaseModelEntry, settings: Settings) -> None:
