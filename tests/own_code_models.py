@@ -50,6 +50,11 @@ class PackedForCausalLM(LlamaForCausalLM):
         for number, layer in enumerate(self.model.layers):
             layer.self_attn = PackedAttention(config, number)
         self.post_init()
+
+    def forward(self, input_ids=None, past_key_values=None, **named):
+        if past_key_values is not None:
+            past_key_values[0][0].shape  # as code of before the cache objects reads it
+        return super().forward(input_ids, past_key_values=past_key_values, **named)
 '''
 
 TOKENIZATION = '''

@@ -33,11 +33,31 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
 
     try:
         with remote_code.explained(path):
-            return AutoModelForCausalLM.from_pretrained(
-                path, **remote_code.loading(path), **loading(dtype, load_in_4bit)
-            )
+            own = remote_code.loading(path)
+            model = AutoModelForCausalLM.from_pretrained(path, **own, **loading(dtype, load_in_4bit))
+            if own["trust_remote_code"]:
+                settle_cache(model)
+            return model
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a causal language model: {error}") from error
+
+
+def settle_cache(model: Any) -> None:
+    """Let a model generate without a cache if its own code does not take the library's cache objects.
+
+    Code of before transformers 4.36 reads the cache as nested tuples. The setting is saved with the model.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    keep_differentiable(model)
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    except (TypeError, AttributeError, LookupError, ValueError):
+        model.generation_config.use_cache = False
 
 
 def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,9 @@ def explained(path: str | Path) -> Iterator[None]:
         from transformers import __version__
 
         raise Refused(
-            f"the own code of the model {path} fails under transformers {__version__}: {type(error).__name__}: {error}"
+            f"the own code of the model {path}{_place(error)} fails under transformers {__version__}: "
+            f"{type(error).__name__}: {error}. It was written for another version: change it in a copy of the folder "
+            "and allow that"
         ) from error
 
 
@@ -173,6 +176,12 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Refused(f"{file} is not a JSON object")
     return content
+
+
+def _place(error: Exception) -> str:
+    """Where in the model's own code an exception comes from: ` (FILE, line N)`; empty if not from there."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "transformers_modules" in frame.filename]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def keep_to_own_code(model: str) -> None:
     import transformers
     from transformers.cli.serving.model_manager import ModelManager
 
-    from methods.toolkit import remote_code
+    from methods.toolkit import models, remote_code
 
     remote_code.trusted(model)
     architecture = remote_code.read_object(Path(model) / "config.json")["architectures"][0]
@@ -73,7 +73,9 @@ def keep_to_own_code(model: str) -> None:
     def load_own(self: ModelManager, model_id_and_revision: str, *given: Any, **named: Any) -> Any:
         if model_id_and_revision.rpartition("@")[0] != model:
             raise ValueError(f"this server runs code of the model {model} and loads no other")
-        return load(self, model_id_and_revision, *given, **named)
+        loaded = load(self, model_id_and_revision, *given, **named)
+        models.settle_cache(loaded[0])
+        return loaded
 
     ModelManager.load_model_and_processor = load_own
 

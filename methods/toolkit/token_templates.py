@@ -25,6 +25,9 @@ _TEMPLATE = (
 def of_generation_config(path: str, tokenizer: Any) -> str | None:
     """A template of the two tokens that generation_config.json names; None if it names none.
 
+    A tokenizer that reads the text of such a token together with what is around it is given it as a special token: then
+    each turn is tokenised on its own, as the model was trained.
+
     Raises Refused if the tokenizer does not read the text of such a token as the token itself.
     """
     file = Path(path) / "generation_config.json"
@@ -36,9 +39,16 @@ def of_generation_config(path: str, tokenizer: Any) -> str | None:
     return _TEMPLATE.format(user=user, assistant=assistant)
 
 
+def _read(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def _text(tokenizer: Any, token: Any, file: Path) -> str:
     text = tokenizer.convert_ids_to_tokens(token)
-    read = tokenizer(text, add_special_tokens=False)["input_ids"] if isinstance(text, str) else []
+    if isinstance(text, str) and _read(tokenizer, text) != [token]:
+        tokenizer.add_tokens([text], special_tokens=True)
+    read = _read(tokenizer, text) if isinstance(text, str) else []
     if read != [token]:
         raise Refused(
             f"{file} names the token {token} for turns, but the tokenizer reads its text {text!r} as {read}: "

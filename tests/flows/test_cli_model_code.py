@@ -22,7 +22,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def run(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return tuneline("models", *arguments, home=work / "home", cwd=work, seconds=60)
+    return tuneline("models", *arguments, home=work / "home", cwd=work, seconds=300)
 
 
 def test_code_is_shown_allowed_by_its_digest_listed_and_revoked(work: Path) -> None:
@@ -61,7 +61,7 @@ def test_in_a_terminal_consent_is_typed(work: Path) -> None:
             stderr=subprocess.STDOUT,
         ) as process:
             os.write(terminal, f"{typed}\n".encode())
-            said = process.communicate(timeout=60)[0].decode()
+            said = process.communicate(timeout=300)[0].decode()
         os.close(terminal)
         os.close(other)
         assert "tuneline models code packed --source" in said
@@ -72,7 +72,7 @@ def test_in_a_terminal_consent_is_typed(work: Path) -> None:
 def test_a_train_on_code_that_is_not_allowed_begins_nothing(work: Path) -> None:
     (work / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     (work / "train.yaml").write_text("name: mine\nbase_model: packed\ndataset: rows.jsonl\n")
-    done = tuneline("train", "train.yaml", home=work / "home", cwd=work, seconds=60)
+    done = tuneline("train", "train.yaml", home=work / "home", cwd=work, seconds=300)
     assert done.returncode == 2
     assert "brings its own Python code, which is not allowed to run" in done.stderr
     assert files_below(work / "home") == set()

@@ -80,6 +80,8 @@ def test_a_lora_on_its_own_modules_is_trained_saved_and_asked(work: Path, traine
         assert {file.name for file in path.glob("*.py")} == set(FILES)
         assert read_json(command(work, "models", "code", models[stage]["name"], "--json"))["digest"] == digest
         assert "<reserved_106>" in (path / "chat_template.jinja").read_text()
+    settings = json.loads((Path(models["complete"]["path"]) / "generation_config.json").read_text())
+    assert settings["use_cache"] is False  # its code cannot take the library's cache
     answers = {run(work, "infer", models[stage]["name"], "light 3 b") for stage in models}
     assert len(answers) == 1  # merged, it answers as the adapter on its base does
     assert models["complete"]["verification"]["merged_to_base"] > 0
