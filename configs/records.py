@@ -52,6 +52,15 @@ class ModelRecord(BaseModel):
     verification: dict[str, Any] = Field(default_factory=dict)
 
 
+class CodeRecord(BaseModel):
+    """The Python code that a base model brings and that the user has allowed: digest of all files, sha256 of each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    files: dict[str, str]
+
+
 class ServedAs(BaseModel):
     """Where and how a train that goes as far as an endpoint is to be served; asked beside its configuration."""
 
@@ -112,6 +121,7 @@ class TrainRecord(BaseModel):
     )
     base: str | None = Field(default=None, description="Name of the base model.")
     base_path: Path | None = None
+    remote_code: CodeRecord | None = Field(default=None, description="Code of the base model that the train runs.")
     dataset: str | None = None
     validation_dataset: str | None = None
     evaluation_dataset: str | None = None

@@ -25,6 +25,7 @@ from flows import (
     cli_environments,
     cli_inference,
     cli_methods,
+    cli_model_code,
     cli_models,
     cli_presets,
     cli_profiles,
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
+cli_models.app.add_typer(cli_model_code.app)
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_methods.app, name="methods")
 app.add_typer(cli_presets.app, name="presets")

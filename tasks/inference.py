@@ -21,6 +21,7 @@ from configs.settings import load_settings
 from configs.train import TemplateVariables, ThinkingMode
 from methods.registry import StageName, find_method
 from tasks.gpus import borrowing_slot
+from tasks.remote_code import allowed_digests
 from tasks.stages import StageJob, run_stage
 
 Message = dict[str, Any]
@@ -178,7 +179,12 @@ def _run(
     job = StageJob(
         stage=stage,
         parameters={**generation.parameters(), "dtype": model.dtype},
-        inputs={**inputs, **_weights(model), "date": _date(generation)},
+        inputs={
+            **inputs,
+            **_weights(model),
+            "date": _date(generation),
+            "remote_code": allowed_digests([model.base_path, model.path]),
+        },
         output=work / "output",
         seed=generation.seed,
     )

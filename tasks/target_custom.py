@@ -20,7 +20,8 @@ from configs.errors import UserError
 from tasks.http_backends import offers, posted_tokens
 from tasks.model_folders import base_of_adapter, is_adapter
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
-from tasks.stages import StageJob, prepare_folder, stage_environment
+from tasks.remote_code import allowed_digests
+from tasks.stages import StageJob, code_of_job, prepare_folder, stage_environment
 
 PROMPTS_NEED_SERVER = True
 _ENVIRONMENT_OF_STAGES = ("PYTHONPATH",)
@@ -59,7 +60,8 @@ def start(work: EndpointWork, deployment: Deployment, served: Path, timeout: flo
         prepare_folder(served, job(deployment, served))
         return guarded(work, command(deployment, served))
 
-    start_model_server(work, deployment, command_of_attempt, environment(), served, timeout)
+    own = environment() | code_of_job(served, job(deployment, served))
+    start_model_server(work, deployment, command_of_attempt, own, served, timeout)
 
 
 def prompt_tokens(
@@ -113,6 +115,7 @@ def job(deployment: Deployment, served: Path) -> StageJob:
             "host": "127.0.0.1",
             "port": deployment.port,
             **weights,
+            "remote_code": allowed_digests([Path(folder) for folder in weights.values()]),
         },
         output=served / "output",
         seed=0,

@@ -44,6 +44,7 @@ def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str])
         "Status": f"{status}: {record.reason}" if record.reason else status,
         "Description": record.config.description,
         "Base model": record.base or record.config.base_model,
+        "Code of the base model": _code(record),
         "Dataset": record.dataset or record.config.dataset,
         "Validation rows": record.validation_dataset,
         "Evaluation rows": record.evaluation_dataset,
@@ -58,6 +59,11 @@ def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str])
     linked = " · ".join(f"[{name}]({address})" for name, address in links.items())
     warnings = [f"- Warning: {pages.text(warning)}" for warning in record.warnings]
     return "\n\n".join(filter(None, [table, linked, "\n".join(warnings)]))
+
+
+def _code(record: TrainRecord) -> str | None:
+    code = record.remote_code
+    return None if code is None else f"{code.digest} ({', '.join(code.files)})"
 
 
 _OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean training loss"}

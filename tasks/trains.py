@@ -36,9 +36,10 @@ from tasks.gpus import Withdrawn, borrowing_slot, release_slots, take_slots, wan
 from tasks.inference import Generation, inference_stage
 from tasks.launching import launcher
 from tasks.measuring import TEXT_KINDS, keep_measurement, measure
-from tasks.method_inputs import copied_files, fixed_models, method_inputs, with_copied_files
+from tasks.method_inputs import copied_files, fixed_models, method_inputs, model_folders, with_copied_files
 from tasks.pages import as_html
 from tasks.plots import draw_curves
+from tasks.remote_code import allowed_digests, code_record
 from tasks.scoring import scoring_options
 from tasks.stages import EventTail, StageCancelled, StageJob, locked, run_stage
 from tasks.train_report import train_report
@@ -276,8 +277,11 @@ def train_of_flow_run(flow_run_id: str) -> TrainRecord | None:
 def fetch_base(record: TrainRecord, on_events: EventHandler = lambda events: None) -> TrainRecord:
     """Bring the base model to this host."""
     name, path = models.base_folder(record.config.base_model, load_settings(), on_events)
-    tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", name)
-    return update_train(record.id, base=name, base_path=path)
+    client, code = tracking.mlflow_client(), code_record(path)
+    client.set_tag(record.run_id, "tuneline.base", name)
+    if code is not None:
+        client.set_tag(record.run_id, "tuneline.remote_code", f"{code.digest}: {', '.join(code.files)}")
+    return update_train(record.id, base=name, base_path=path, remote_code=code)
 
 
 def prepare_datasets(record: TrainRecord) -> TrainRecord:
@@ -420,7 +424,8 @@ def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> Sta
             "train_rows": str(train_rows),
             "validation_rows": str(validation_rows) if validation_rows else None,
             "date": record.template_date.isoformat(),
-            **method_inputs(record.config),
+            **(given := method_inputs(record.config)),
+            "remote_code": allowed_digests([Path(str(record.base_path)), *model_folders(given)]),
         },
         output=folder / "output",
         resume_from=resume,
@@ -525,7 +530,12 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     job = StageJob(
         stage="saving",
         parameters={"dtype": model.dtype},
-        inputs={"base_model": str(model.base_path), "trained": str(model.path), "adapter": model.adapter},
+        inputs={
+            "base_model": str(model.base_path),
+            "trained": str(model.path),
+            "adapter": model.adapter,
+            "remote_code": allowed_digests([model.base_path, model.path]),
+        },
         output=folder / "output",
         seed=0,
     )

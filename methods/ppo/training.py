@@ -34,6 +34,7 @@ from methods.toolkit import (
     models,
     probing,
     prompt_rows,
+    remote_code,
     reward_model,
     tokenizing,
     training,
@@ -274,6 +275,7 @@ def save(
     probing.write_probes(job.output, tokenizer, [messages for _, messages in rows])
     models.save_trained(actor, job.output)
     chat.save_tokenizer(tokenizer, job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     return {"model": str(job.output), "adapter": isinstance(actor, PeftModel), **outcome}
 
 

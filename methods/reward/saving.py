@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing
+from methods.toolkit import chat, merging, models, probing, remote_code
 
 
 def save_complete(job: contract.Job, dtype: str) -> None:
@@ -25,6 +25,7 @@ def save_complete(job: contract.Job, dtype: str) -> None:
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merging.save_weights(model, job.output, dtype)
     tokenizer.save_pretrained(job.output)
+    remote_code.carry(base, job.output)
     shutil.copyfile(Path(trained) / probing.PROBES_FILE, job.output / probing.PROBES_FILE)
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from methods import contract
 from methods.contract import Refused
-from methods.toolkit import models, probing
+from methods.toolkit import models, probing, remote_code
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Greatest allowed difference of logits, relative to their largest value, by the dtype the weights are saved in:
@@ -73,7 +73,7 @@ def saving_dtype(base: str, wanted: str) -> str:
 
     if wanted != "auto":
         return wanted
-    own = AutoConfig.from_pretrained(base).dtype
+    own = AutoConfig.from_pretrained(base, **remote_code.loading(base)).dtype
     return str(own or torch.float32).removeprefix("torch.")
 
 

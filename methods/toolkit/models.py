@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
-from methods.toolkit import chat, hardware
+from methods.toolkit import chat, hardware, remote_code
 
 Load = Callable[..., Any]
 """Loads a model of some kind from a path, in a dtype, in 4 bit where that is asked for."""
@@ -29,9 +29,32 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **loading(dtype, load_in_4bit))
+        with remote_code.explained(path):
+            own = remote_code.loading(path)
+            model = AutoModelForCausalLM.from_pretrained(path, **own, **loading(dtype, load_in_4bit))
+            if own["trust_remote_code"]:
+                settle_cache(model)
+            return model
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a causal language model: {error}") from error
+
+
+def settle_cache(model: Any) -> None:
+    """Let a model generate without a cache if its own code does not take the library's cache objects.
+
+    Code of before transformers 4.36 reads the cache as nested tuples. The setting is saved with the model.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    keep_differentiable(model)
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    except (TypeError, AttributeError, LookupError, ValueError):
+        model.generation_config.use_cache = False
 
 
 def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
@@ -46,7 +69,10 @@ def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # else it advises to train a base model's head, which is what is about to happen
     try:
-        found = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **loading(dtype, load_in_4bit))
+        with remote_code.explained(path):
+            found = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, **remote_code.loading(path), **loading(dtype, load_in_4bit)
+            )
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a reward model: {error}") from error
     finally:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
-from methods.toolkit import hardware, processes
+from methods.toolkit import hardware, own_heads, processes
 from methods.toolkit.checkpoints import remove_torn_checkpoints
 
 OPTIMIZERS = {
@@ -396,6 +396,7 @@ def run_training(trainer: Any, job: contract.Job) -> dict[str, float]:
         remove_torn_checkpoints(job.checkpoints)
     processes.wait_for_all()
     trainer.remove_callback(PrinterCallback)  # the same figures once more, as a dictionary
+    own_heads.score_by_own_forward(trainer)
     resume = str(job.resume_from) if job.resume_from else None
     outcome = trainer.train(resume_from_checkpoint=resume)
     if job.cancelled and trainer.state.global_step < trainer.state.max_steps:

@@ -18,6 +18,7 @@ from methods.toolkit import (
     memory,
     models,
     probing,
+    remote_code,
     training,
     tuning,
     vision_answering,
@@ -89,6 +90,7 @@ def save(job: contract.Job, trainer: Trainer, renderer: Renderer, outcome: dict[
     """Save the adapter (or the full weights), the processor and the probe prompts."""
     models.save_trained(trainer.model, job.output)
     renderer.processor.save_pretrained(job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     rows = list(vision_rows.read_rows(Path(job.inputs["train_rows"]), probing.PROBE_ROWS))
     vision_answering.write_probes(job.output, renderer, rows)
     return {"model": str(job.output), "adapter": job.parameters["tuning"] != "full", **outcome}
