@@ -391,7 +391,7 @@ def _hyperparameter_form(method: Method, through: Through) -> Schema:
     fields = form["properties"]
     for name in fields:
         if name in common.choices:
-            fields[name]["enum"] = list(common.choices[name])
+            fields[name]["enum"] = [choice for choice in common.choices[name] if choice is not None]
         default = method.hyperparameter_default(name)
         if default is not None:
             fields[name]["default"] = default

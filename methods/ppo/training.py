@@ -27,7 +27,18 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from methods import contract
 from methods.ppo.rollouts import Prompts, RewardHead, set_pad_apart
-from methods.toolkit import chat, memory, models, probing, prompt_rows, reward_model, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    finite,
+    memory,
+    models,
+    probing,
+    prompt_rows,
+    reward_model,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -83,6 +94,8 @@ class Trainer(training.Scheduled, PPOTrainer):
         self.tokens += figures.pop("tokens")
         rates = self.lr_scheduler.get_last_lr()
         loss = logs["loss/policy_avg"] + self.args.vf_coef * logs["loss/value_avg"]
+        if not math.isfinite(loss):
+            raise finite.refusal(self.job, self.state.global_step - 1, loss)
         super().log(
             {
                 "loss": loss,
