@@ -125,6 +125,12 @@ class CompleteFromModel(BaseModel):
     model: Text = Field(
         title="Customized model", description="Name of a customized model, LINE@ALIAS, or the train that made it."
     )
+    checkpoint: Text | None = Field(
+        default=None,
+        title="Checkpoint",
+        description="Step of a checkpoint of the train, `best` or `last`: the model is made of it. Empty: of what the "
+        "train has left.",
+    )
 
 
 class DeployedFromModel(ServedAt):

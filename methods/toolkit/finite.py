@@ -71,9 +71,8 @@ def refusal(job: contract.Job, steps: int, loss: float, gradient: float = 0.0) -
         text += f"The checkpoints of steps {', '.join(kept)} are kept. "
     if kept and int(kept[-1]) == steps:
         text += f"The weights of step {steps} are those that gave it. "
-    return contract.Refused(
-        f"{text}Lower learning_rate, lower max_grad_norm, or set dtype to float32 or bfloat16. A row can be the cause too."
-    )
+    text += "Lower learning_rate, lower max_grad_norm, or set dtype to float32 or bfloat16. A row can be the cause too."
+    return contract.Refused(text)
 
 
 def _what(loss: float, gradient: float) -> str:
