@@ -275,7 +275,7 @@ def show(train: Train, json_: Json = False) -> None:
     if status != "running":
         sync_curves(record)
     if json_:
-        print_json({**record.model_dump(mode="json"), "status": status})
+        print_json({**record.model_dump(mode="json"), "status": status, "checkpoints": _checkpoints(record)})
         return
     show_configuration(ResolvedTrain(config=record.config, origins=record.origins))
     show_outcome(record.model_copy(update={"status": status}))
@@ -284,6 +284,12 @@ def show(train: Train, json_: Json = False) -> None:
         print(record.waiting)
     if record.reason:
         print(f"reason: {record.reason}")
+
+
+def _checkpoints(record: TrainRecord) -> list[dict[str, Any]]:
+    from tasks.train_checkpoints import train_checkpoints
+
+    return [each.model_dump(mode="json") for each in train_checkpoints(record)]
 
 
 def _show_checkpoints(record: TrainRecord) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from methods import contract
 from methods.sft import training as sft
-from methods.toolkit import best_metric, finite, training
+from methods.toolkit import best_metric, training
 from tasks.stages import EventTail, StageKilled
+from tests.methods.parameter_effects import poison
 from tests.methods.stage_jobs import curve, open_job, run_method, training_job
 from tests.methods.training_bench import Bench, interrupt_at, kill_stage, losses, result_of, weights
 
@@ -211,22 +212,6 @@ def test_every_metric_that_a_manifest_offers_has_a_direction() -> None:
 
 
 # --- not finite -----------------------------------------------------------------------------------------------------
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
-    """Let the loss or the gradient of these steps be NaN."""
-    whole_step = finite.FiniteUpdates.training_step
-
-    def step(self: Any, model: Any, *given: Any, **named: Any) -> Any:
-        loss = whole_step(self, model, *given, **named)
-        if self.state.global_step + 1 in steps:
-            if what == "loss":
-                self._step_losses = (loss * float("nan"),)
-                return self._step_losses[0]
-            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
-        return loss
-
-    monkeypatch.setattr(finite.FiniteUpdates, "training_step", step)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -89,6 +89,22 @@ def test_two_processes_resume_as_one(tiny_model: Path, rows: Path, tmp_path: Pat
     same(tmp_path / "whole", tmp_path / "resumed", since=6)
 
 
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_two_processes_keep_the_same_best_step(tiny_model: Path, rows: Path, tmp_path: Path, distribution: str) -> None:
+    # Its rate makes the loss rise after some steps; nothing of it is left to chance.
+    hyper: dict[str, Any] = {"batch_size": 2, "evaluation_steps": 1, "checkpoint_steps": 99, "keep_checkpoints": 1}
+    hyper |= {"max_steps": 6, "epochs": 1, "keep_best": "eval_loss", "learning_rate": 0.1, "lr_scheduler": "constant"}
+    result = train(tmp_path / "two", tiny_model, rows, distribution, **hyper, early_stopping_patience=3)
+    points = {step: values[0] for step, values in curve(tmp_path / "two", "eval_loss").items()}
+    best = min(points, key=lambda step: points[step])
+    assert result["best_step"] == best
+    assert max(points) == result["steps"] == min(best + 3, 6)
+    assert best < result["steps"]
+    train(tmp_path / "short", tiny_model, rows, distribution, **{**hyper, "max_steps": best, "keep_best": None})
+    expected, found = weights(tmp_path / "short"), weights(tmp_path / "two")
+    assert all((found[name] - tensor).abs().max() < 1e-5 for name, tensor in expected.items())
+
+
 def test_two_processes_are_cancelled_together(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
