@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,11 @@ def _step(checkpoint: Path) -> int:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a running train removes old checkpoints
+            found += path.stat().st_size
+    return found
 
 
 def _evaluations(folder: Path) -> dict[int, dict[str, float]]:

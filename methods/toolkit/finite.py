@@ -57,8 +57,7 @@ class FiniteUpdates:
         step = self.state.global_step + 1
         self.state.log_history.append({"step": step, LEFT_OUT: left_out})
         self.job.warning(
-            f"step {step}: {_what(loss, gradient)}, so this update is left out; the train stops at the {most}. one, "
-            f"this was the {left_out}."
+            f"step {step}: {_what(loss, gradient)}; the update is left out (number {left_out}, number {most} ends the train)"
         )
         model.zero_grad(set_to_none=True)  # an optimizer passes over weights without a gradient
 
@@ -76,7 +75,9 @@ def refusal(job: contract.Job, steps: int, loss: float, gradient: float = 0.0) -
 
 
 def _what(loss: float, gradient: float) -> str:
-    return f"the gradient became {gradient}" if math.isfinite(loss) else f"the loss became {loss}"
+    if not math.isfinite(loss):
+        return f"the loss became {loss}"
+    return "the loss of another process is not finite" if math.isfinite(gradient) else f"the gradient became {gradient}"
 
 
 def was_left_out(state: Any) -> bool:
