@@ -57,7 +57,7 @@ class FiniteUpdates:
         step = self.state.global_step + 1
         self.state.log_history.append({"step": step, LEFT_OUT: left_out})
         self.job.warning(
-            f"step {step}: {_what(loss, gradient)}; the update is left out (number {left_out}, number {most} ends the train)"
+            f"step {step}: {_what(loss, gradient)}; its update is left out (number {left_out}; {most} end the train)"
         )
         model.zero_grad(set_to_none=True)  # an optimizer passes over weights without a gradient
 

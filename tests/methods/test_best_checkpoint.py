@@ -121,7 +121,7 @@ def test_a_train_stops_after_as_many_evaluations_in_vain(overfitted: dict[str, P
     assert same_weights(folder, overfitted["lora"])
 
 
-@pytest.mark.parametrize("since_best", [-1, 1, 5])
+@pytest.mark.parametrize("since_best", [-1, 3])
 def test_a_killed_train_keeps_the_same_step_and_stops_at_the_same(
     since_best: int, tiny_model: Path, tiny_rows: Path, contrary_rows: Path, tmp_path: Path, overfitted: dict[str, Path]
 ) -> None:
