@@ -317,7 +317,9 @@ class CheckpointKeeper(TrainerCallback):
         if self.job.cancelled:
             control.should_save = True
             control.should_training_stop = True
-        if args.eval_strategy == "epoch" and self._ends_an_epoch(state) and self._evaluates(control):
+        # A cancelled training has little time, but without this evaluation it could choose another best step.
+        in_haste = self.job.cancelled and not self.best.is_asked_for
+        if args.eval_strategy == "epoch" and self._ends_an_epoch(state) and not in_haste:
             # The library saves first, and who resumes from there would never evaluate this epoch.
             control.should_evaluate = True
             self._evaluated_at = state.global_step
@@ -330,10 +332,6 @@ class CheckpointKeeper(TrainerCallback):
 
     def _ends_an_epoch(self, state: Any) -> bool:
         return float(state.epoch).is_integer() or (self.best.is_asked_for and state.global_step >= state.max_steps)
-
-    def _evaluates(self, control: Any) -> bool:
-        """One that is cancelled has little time; without this evaluation it might choose another best step, though."""
-        return not self.job.cancelled or self.best.is_asked_for
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._judge(args, state, control)
