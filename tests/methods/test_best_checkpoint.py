@@ -181,6 +181,34 @@ def test_a_metric_that_is_not_evaluated_is_refused_with_those_that_are(bench: Be
         bench.train(validation=True, **{**OVERFITTED, "keep_best": "eval_rouge"})
 
 
+@pytest.mark.parametrize("method", ["sft", "peft"])
+def test_a_job_that_only_saves_makes_the_product_of_its_checkpoint(
+    method: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    bench = Bench(method, tiny_model, tiny_rows, tmp_path)
+    own = {"technique": "p_tuning", "encoder_dropout": 0.1} if method == "peft" else {}
+    given: dict[str, Any] = {
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "keep_checkpoints": 9,
+        "checkpoint_steps": 2,
+        **own,
+    }
+    whole_train, short = bench.train(max_steps=6, **given), bench.train(max_steps=4, lr_scheduler="constant", **given)
+    for folder, step in ((whole_train, 2), (short, 4)):
+        checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
+        target = tmp_path / f"of-{folder.name}"
+        job = bench.stage_job(target, resume=checkpoint, max_steps=6, **given)
+        job = job.model_copy(update={"inputs": {**job.inputs, training.SAVE_ONLY: True}})
+        result = bench._main(open_job(target, job))
+        assert (result["steps"], result["adapter"]) == (step, True)
+        assert curve(target, "loss") == {}
+        kept = load_file(checkpoint / "adapter_model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in weights(target).items())
+        assert {path.name for path in (folder / "output").iterdir()} == {path.name for path in job.output.iterdir()}
+    assert same_weights(tmp_path / f"of-{short.name}", short)
+
+
 # --- the rule -------------------------------------------------------------------------------------------------------
 
 
