@@ -41,6 +41,10 @@ class ModelRecord(BaseModel):
     parent: str | None = Field(default=None, description="Name of the model it was made from.")
     train: str | None = Field(default=None, description="Id of the train it came out of.")
     run_id: str | None = Field(default=None, description="MLflow run of that train.")
+    step: int | None = Field(default=None, description="Step of that train whose weights it has.")
+    from_checkpoint: bool = Field(
+        default=False, description="Whether it was made of a checkpoint by itself; the train's name means another."
+    )
     dataset: str | None = None
     created: datetime = Field(default_factory=now)
     registered_version: str | None = None
@@ -129,7 +133,11 @@ class TrainRecord(BaseModel):
     evaluation: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="Scores in percent, by `base` and `tuned`."
     )
-    outcome: dict[str, float] = Field(default_factory=dict, description="Steps, seconds and mean loss.")
+    outcome: dict[str, float] = Field(
+        default_factory=dict,
+        description="Steps, seconds and mean loss; with keep_best the best step, its figure and that of the last one.",
+    )
+    stopped: str | None = Field(default=None, description="Why the training ended before its last step.")
 
     @property
     def template_date(self) -> date:

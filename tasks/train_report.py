@@ -51,7 +51,8 @@ def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str])
         "Model": record.model,
         "GPUs": ", ".join(record.gpus),
         "Attempts": str(record.attempts) if record.attempts > 1 else None,
-        **{_OUTCOMES.get(name, name): f"{value:g}" for name, value in record.outcome.items()},
+        "Training": record.stopped,
+        **{_OUTCOMES.get(name, name): f"{value:.6g}" for name, value in record.outcome.items()},
     }
     table = pages.table(
         ("Train", pages.text(record.id)), [(name, pages.cell(value)) for name, value in rows.items() if value]
@@ -66,7 +67,7 @@ def _code(record: TrainRecord) -> str | None:
     return None if code is None else f"{code.digest} ({', '.join(code.files)})"
 
 
-_OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean training loss"}
+_OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean training loss", "best_step": "Best step"}
 
 
 def _parameters(record: TrainRecord) -> str:

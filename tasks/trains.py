@@ -408,10 +408,14 @@ def _keep_outcome(record: TrainRecord) -> TrainRecord:
     folder = train_folder(record.id) / "training"
     result = json.loads((folder / contract.RESULT_FILE).read_text(encoding="utf-8"))
     outcome = {name: float(result[name]) for name in ("steps", "seconds", "loss") if name in result}
+    best = {name: float(value) for name, value in result.items() if name.startswith(("best_", "last_eval_"))}
+    stopped = result.get("stopped")
     sync_curves(record)
-    if outcome != record.outcome:
-        tracking.log_scores(record.run_id, {f"train_{name}": value for name, value in outcome.items()})
-    return update_train(record.id, outcome=outcome)
+    if {**outcome, **best} != record.outcome:
+        tracking.log_scores(record.run_id, {f"train_{name}": value for name, value in outcome.items()} | best)
+        if stopped is not None:
+            tracking.mlflow_client().set_tag(record.run_id, "tuneline.stopped", stopped)
+    return update_train(record.id, outcome={**outcome, **best}, stopped=stopped)
 
 
 def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> StageJob:
@@ -431,6 +435,13 @@ def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> Sta
         resume_from=resume,
         seed=record.config.hyperparameters.seed,
     )
+
+
+def checkpoint_job(record: TrainRecord, step: int, folder: Path) -> StageJob:
+    """The job of a training stage that is to make its product of a checkpoint, without a further step."""
+    checkpoint = train_folder(record.id) / "training" / "checkpoints" / f"checkpoint-{step}"
+    job = _training_job(record, folder, checkpoint)
+    return job.model_copy(update={"inputs": {**job.inputs, "save_checkpoint": True}})
 
 
 def sync_curves(record: TrainRecord) -> bool:
@@ -499,9 +510,15 @@ def trained_model(record: TrainRecord) -> ModelRecord:
         dtype=record.config.hyperparameters.dtype,
         parent=record.base,
         train=record.id,
+        step=_product_step(record.outcome),
         run_id=record.run_id,
         dataset=record.dataset,
     )
+
+
+def _product_step(outcome: Mapping[str, float]) -> int | None:
+    step = outcome.get("best_step", outcome.get("steps"))
+    return None if step is None else int(step)
 
 
 def _left_adapter(record: TrainRecord) -> bool:
@@ -518,11 +535,12 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     """
     settings = load_settings()
     folder = settings.root / "saves" / model.name
+    saved = saved_complete(model)
+    if saved is not None:
+        return _keep_complete(saved, folder)
     name_file = folder / "name"
     name = name_file.read_text() if name_file.exists() else f"{model.name}_s_{secrets.token_hex(2)}"
     target = settings.models / name
-    if (target / models.RECORD_FILE).exists():
-        return _keep_complete(read_record(target / models.RECORD_FILE, ModelRecord), folder)
     method = find_method(model.method)
     write_text(name_file, name)
     _wait_for_stage(folder)
@@ -558,6 +576,14 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     return _keep_complete(complete, folder)
 
 
+def saved_complete(model: ModelRecord) -> ModelRecord | None:
+    """The complete model that was made of a model; None before it is in the store."""
+    settings = load_settings()
+    name_file = settings.root / "saves" / model.name / "name"
+    record = settings.models / name_file.read_text() / models.RECORD_FILE if name_file.exists() else None
+    return read_record(record, ModelRecord) if record is not None and record.exists() else None
+
+
 def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
     """Publish a complete model and record its proof; done again after a kill, nothing is missing."""
     new = complete.registered_version is None
@@ -565,7 +591,9 @@ def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
     if complete.run_id is not None and new:
         proof = {f"merge_{name}": value for name, value in complete.verification.items()}
         tracking.log_scores(complete.run_id, proof, models.logged_model_id(complete))
-    if complete.train is not None and (train_folder(complete.train) / RECORD_FILE).exists():
+    if complete.train is None or complete.from_checkpoint:
+        return complete
+    if (train_folder(complete.train) / RECORD_FILE).exists():
         update_train(complete.train, model=complete.name)
     return complete
 

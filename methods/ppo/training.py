@@ -29,6 +29,7 @@ from methods import contract
 from methods.ppo.rollouts import Prompts, RewardHead, set_pad_apart
 from methods.toolkit import (
     chat,
+    finite,
     hardware,
     memory,
     models,
@@ -95,6 +96,8 @@ class Trainer(training.Scheduled, PPOTrainer):
         self.tokens += figures.pop("tokens")
         rates = self.lr_scheduler.get_last_lr()
         loss = logs["loss/policy_avg"] + self.args.vf_coef * logs["loss/value_avg"]
+        if not math.isfinite(loss):
+            raise finite.refusal(self.job, self.state.global_step - 1, loss)
         super().log(
             {
                 "loss": loss,

@@ -18,7 +18,8 @@ def score_by_own_forward(trainer: Any) -> None:
     Takes more memory than trl's: the logits of all positions, in float32.
     """
     temperature = getattr(trainer.args, "temperature", None) or 1.0
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+    models: tuple[Any, ...] = (trainer.model, getattr(trainer, "ref_model", None))
+    for model in models:
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         if plain is not None and "forward" in vars(plain) and has_own_code(plain):
             _replace_forward(plain, temperature)

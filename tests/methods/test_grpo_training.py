@@ -304,6 +304,7 @@ def _tuning(bench: Bench) -> None:
     assert lora.ref_model is None  # it is the model without its adapter
 
 
+REWARDED: dict[str, Any] = {**SHORT, "max_steps": 3, "max_samples": 4}
 COMMON: dict[str, Callable[[Bench], None]] = {
     **effects.COMMON,
     "max_seq_length": _max_seq_length,
@@ -318,6 +319,10 @@ COMMON: dict[str, Callable[[Bench], None]] = {
     "checkpoint_steps": effects.argument("save_steps", "checkpoint_steps", 7),
     "keep_checkpoints": _checkpoints,
     "evaluation_steps": _evaluation_steps,
+    "keep_best": lambda bench: effects.keep_best(bench, "eval_reward_exact", **REWARDED),
+    "early_stopping_patience": lambda bench: effects.early_stopping(bench, "eval_reward", **REWARDED),
+    "early_stopping_threshold": lambda bench: effects.early_stopping(bench, "eval_reward", **REWARDED),
+    "stop_after_nonfinite": lambda bench: effects.stop_after_nonfinite(bench, **SHORT),
     "logging_steps": _logging_steps,
     "group_by_length": _group_by_length,
     "tuning": _tuning,
