@@ -22,6 +22,8 @@ Shape = Literal[
     "pangu",
     "tool_messages",
     "tool_sharegpt",
+    "tool_xlam",
+    "tool_glaive",
     "preference",
     "qianfan_preference",
     "ranking",
@@ -52,6 +54,8 @@ KIND_OF_SHAPE: dict[Shape, Kind] = {
     "pangu": "chat",
     "tool_messages": "chat_tools",
     "tool_sharegpt": "chat_tools",
+    "tool_xlam": "chat_tools",
+    "tool_glaive": "chat_tools",
     "preference": "preference",
     "qianfan_preference": "preference",
     "ranking": "ranking",
@@ -125,18 +129,22 @@ class ChatRow(StoredRow):
 
 
 class ToolChatRow(StoredRow):
-    """Kind `chat_tools`: messages as OpenAI's interface has them, with `tool_calls` and the role `tool`."""
+    """Kind `chat_tools`: messages as OpenAI's interface has them, with `tool_calls` and the role `tool`.
+
+    The arguments of a call are an object, not JSON text; `tools` are function schemas, `{"type": "function", …}`.
+    """
 
     messages: list[dict[str, object]]
     tools: NotRequired[list[dict[str, object]]]
 
 
 class PreferenceRow(StoredRow):
-    """Kind `preference`: `chosen` and `rejected` are the messages that follow `prompt`."""
+    """Kind `preference`: `chosen` and `rejected` are the messages that follow `prompt`; they may call `tools`."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    tools: NotRequired[list[dict[str, object]]]
 
 
 class RankingRow(StoredRow):

@@ -88,7 +88,11 @@ class Probe(_Record):
     """One question whose prompt tokens, and answer, are known from training."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, description="Chat messages as OpenAI's interface takes them.")
+    tools: list[dict[str, Any]] | None = Field(default=None, description="Tools that the model may call, by schema.")
     prompt_token_ids: list[int] = Field(min_length=1, description="What the model's template makes of them today.")
+    tool_calls: list[dict[str, Any]] = Field(
+        default_factory=list, description="Name and arguments of each call in the greedy answer."
+    )
     answer: str | None = Field(default=None, description="Greedy answer of the model; None: not compared.")
     max_new_tokens: int = Field(default=64, ge=1)
 

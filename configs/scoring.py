@@ -22,6 +22,10 @@ SCORE_TITLES = {
     "json_valid": "JSON: valid",
     "json_exact": "JSON: equal",
     "json_fields": "JSON: fields right",
+    "tool_call_valid": "Tool call: valid",
+    "tool_name_accuracy": "Tool call: right name",
+    "tool_arguments_accuracy": "Tool call: right arguments",
+    "tool_false_call": "Tool call: unwanted (less is better)",
     "hit_limit": "Cut at the limit",
 }
 """The figures one compares, in percent, and what they are called in tables."""
@@ -37,7 +41,9 @@ def figure_title(name: str) -> str:
     return f"{name} (%)" if name in SCORE_TITLES else name
 
 
-LOWER_IS_BETTER = frozenset({"edit_distance", "hit_limit", "perplexity", "bits_per_character", "bits_per_byte"})
+LOWER_IS_BETTER = frozenset(
+    {"edit_distance", "hit_limit", "perplexity", "bits_per_character", "bits_per_byte", "tool_false_call"}
+)
 """Of all other figures more is better."""
 
 STOP_WORD_LISTS = ("zh", "en")
@@ -96,19 +102,42 @@ class TextChecks(BaseModel):
     json_fields: Percent | None = Field(default=None, description="Fields of the reference with the same value (%)")
 
 
-class RowScores(TextChecks, Metrics):
+class ToolChecks(BaseModel):
+    """What is measured on the tool calls of an answer. Percent, not rounded.
+
+    The first three are there where the reference calls tools, the last where a row with tools wants none called.
+    Several calls are compared without regard to their order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tool_call_valid: Percent | None = Field(
+        default=None, description="Calls that can be read, of tools of the row, with arguments that fit its schema (%)"
+    )
+    tool_name_accuracy: Percent | None = Field(default=None, description="The tools that the reference calls (%)")
+    tool_arguments_accuracy: Percent | None = Field(
+        default=None, description="The same calls, with arguments of the same JSON value (%)"
+    )
+    tool_false_call: Percent | None = Field(default=None, description="A call where the reference makes none (%)")
+
+
+class RowScores(ToolChecks, TextChecks, Metrics):
     """The metrics of one row."""
 
     row: int = Field(ge=1, description="Number of the row, from 1.")
     empty_prediction: bool = Field(description="The answer had no token; every metric is 0.")
+    calls_tool: bool | None = Field(default=None, description="Whether the answer calls a tool; None: no tools.")
 
 
-class Scores(TextChecks, Metrics):
+class Scores(ToolChecks, TextChecks, Metrics):
     """The mean of each metric over all rows, empty answers included, and what it was computed with."""
 
     rows: int = Field(ge=1, description="Rows scored; the mean is over all of them.")
     empty_predictions: int = Field(ge=0, description="Rows whose answer was empty; they count as 0.")
     json_rows: int = Field(default=0, ge=0, description="Rows whose reference is JSON; the JSON figures are of them.")
+    tool_rows: int = Field(default=0, ge=0, description="Rows with tools; the figures of tool calls are of them.")
+    calls_expected: int = Field(default=0, ge=0, description="Rows whose reference calls a tool.")
+    calls_made: int = Field(default=0, ge=0, description="Rows with tools whose answer calls one, readable or not.")
     stop_words: int = Field(ge=0, description="Size of the stop-word list; 0 means none was used.")
     tokeniser: str = Field(description="What cut the text into tokens.")
     libraries: dict[str, str] = Field(description="Version of each library the metrics come from.")
@@ -121,7 +150,7 @@ class Scores(TextChecks, Metrics):
     )
 
 
-RULE_METRICS = (*Metrics.model_fields, *TextChecks.model_fields)
+RULE_METRICS = (*Metrics.model_fields, *TextChecks.model_fields, *ToolChecks.model_fields)
 """The names of the figures that every row has, in the order of tables."""
 
 

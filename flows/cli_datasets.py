@@ -242,6 +242,8 @@ def show_report(report: DatasetReport, first: Mapping[str, object] | None = None
             "shape": f"{report.shape} ({report.format})",
             "rows are": KIND_TITLES[report.kind] if report.kind else None,
             "columns": ", ".join(report.columns_seen),
+            "kept beside": _counted(report.extra_kept),
+            "not stored": _counted(report.extra_dropped),
             "rows": f"{report.rows_read} read, {report.rows_kept} kept, {report.rows_refused} refused",
             "duplicates": report.duplicate_rows,
             "images": report.images or None,
@@ -259,6 +261,10 @@ def show_report(report: DatasetReport, first: Mapping[str, object] | None = None
         _show_prompts(report.tokens)
     else:
         _show_examples(report)
+
+
+def _counted(names: Mapping[str, int]) -> str | None:
+    return ", ".join(f"{name} ({count} rows)" for name, count in names.items()) or None
 
 
 def _show_problems(report: DatasetReport) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from configs.errors import UserError
 from flows.printing import print_json, print_table
+from methods.toolkit.tool_parsing import as_text
 
 if TYPE_CHECKING:
     from configs.records import ModelRecord
@@ -44,6 +45,10 @@ def infer(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File of a picture; by default MODEL_SEED.png here.")
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option("--tools", help="JSON file of the tools that it may call.", exists=True, dir_okay=False),
+    ] = None,
     method: MethodOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 always gives the likeliest answer.", min=0)] = 0.0,
@@ -62,7 +67,8 @@ def infer(
         kind = "reward"
     if "text" in asked_of.kinds:
         kind = "text"
-    given = {"--answer": answer, "--text": text, "--image": image, "--output": output, "--system": system}
+    given: dict[str, Any] = {"--answer": answer, "--text": text, "--image": image, "--output": output}
+    given |= {"--system": system, "--tools": tools}
     _refuse_other_options(kind, given)
     cli_trains.embedded()
     from tasks.inference import Generation
@@ -70,7 +76,7 @@ def infer(
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, thinking=thinking)
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     requests: dict[str, dict[str, Any]] = {
-        "chat": {"messages": messages},
+        "chat": {"messages": messages, **({"tools": _read_tools(tools)} if tools else {})},
         "vision-language": {"messages": _about(messages, image)},
         "reward": {"prompt": messages, "answers": answer},
         "embedding": {"texts": [prompt, *text]},
@@ -106,7 +112,7 @@ def with_method(model: ModelRecord, method: str | None) -> ModelRecord:
 
 def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
     known = {
-        "chat": ["--system"],
+        "chat": ["--system", "--tools"],
         "vision-language": ["--image", "--system"],
         "reward": ["--answer", "--system"],
         "embedding": ["--text"],
@@ -123,6 +129,20 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
             )
 
 
+def _read_tools(file: Path) -> list[dict[str, Any]]:
+    """The tools of a JSON file, as OpenAI's interface has them. Raises UserError."""
+    from tasks.dataset_fields import RowRefusedError
+    from tasks.dataset_tools import read_tools
+
+    try:
+        return read_tools(file.read_text(encoding="utf-8"), "tools")
+    except RowRefusedError as refusal:
+        problem = refusal.problem
+        raise UserError(
+            problem.message, file=file, field=problem.field, expected=problem.expected, mend=problem.mend
+        ) from None
+
+
 def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
     """Print what the model answers, or how it goes on after a text."""
     from flows import cli_trains
@@ -137,7 +157,9 @@ def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _
         return
     if answer.thought:
         print(f"(thought: {answer.thought})", file=sys.stderr)
-    print(answer.answer)
+    parsed = answer.parsed(request.get("tools", []))
+    calls = parsed.calls if "tools" in request else []
+    print(as_text(parsed.content, calls) if calls else answer.answer)
     if speed is not None:
         print(f"({speed.in_words()})", file=sys.stderr)
     if answer.hit_limit:

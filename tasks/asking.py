@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from configs.endpoints import API_KEY_VARIABLE, Endpoint
 from configs.errors import UserError
 from methods.toolkit.thoughts import split_answer
 from tasks.inference import Answer, Generation, Message
+from tasks.tool_messages import received, sent
 
 if TYPE_CHECKING:
     import httpx
@@ -46,11 +47,18 @@ class ChatServer:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(headers=headers, timeout=self.timeout, trust_env=False)
 
-    def ask(self, client: httpx.Client, messages: Sequence[Message], temperature: float, max_tokens: int) -> Answer:
+    def ask(
+        self,
+        client: httpx.Client,
+        messages: Sequence[Message],
+        temperature: float,
+        max_tokens: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Answer:
         """The model's answer; `prompt_token_ids` is empty, nobody tells them. Raises UserError."""
         asked = {
             "model": self.model,
-            "messages": list(messages),
+            **sent(messages, tools),
             "temperature": temperature,
             "max_tokens": max_tokens,
         }
@@ -66,6 +74,7 @@ class ChatServer:
                 tokens=int((content.get("usage") or {}).get("completion_tokens") or 0),
                 hit_limit=choice.get("finish_reason") == "length",
                 prompt_token_ids=[],
+                **received(choice["message"]),
             )
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{self.called} gave no answer: {error!r}", field="address", value=self.address) from error
@@ -100,19 +109,23 @@ def _told(error: Exception) -> str:
 
 def ask_endpoint(
     endpoint: Endpoint,
-    conversations: Sequence[list[Message]],
+    requests: Sequence[Mapping[str, Any]],
     generation: Generation,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[Answer | UserError]:
-    """The endpoint's answers to the conversations, in order; where one failed, why.
+    """The endpoint's answers to requests (`messages`, and `tools` where there are some), in order.
+
+    Where one failed, it is why.
 
     After `GIVE_UP_AFTER` failures one after the other the rest is not asked and has failed as well.
     """
     server = ChatServer(str(endpoint.address), endpoint.name, f"the endpoint '{endpoint.name}'", API_KEY_VARIABLE)
     with server.client() as client:
         return ask_each(
-            conversations,
-            lambda messages: server.ask(client, messages, generation.temperature, generation.max_new_tokens),
+            requests,
+            lambda asked: server.ask(
+                client, asked["messages"], generation.temperature, generation.max_new_tokens, asked.get("tools")
+            ),
             AT_A_TIME,
             on_events,
         )

@@ -7,6 +7,19 @@ from typing import Any
 from configs.datasets import Shape
 from tasks.dataset_fields import RowRefusedError, Turn, empty, listed, listing, nearest, optional_text, text, wrong_type
 from tasks.dataset_reading import describe, parse_cell
+from tasks.dataset_tools import (
+    CALL_ROLES,
+    RESULT_ROLES,
+    calls_of,
+    is_results,
+    joined,
+    linked,
+    result_text,
+    results_in,
+    split_calls,
+    tools_in_system,
+    tools_of,
+)
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -17,8 +30,9 @@ _SHAREGPT_ROLES = {
 }
 _OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _TOOL_ROLES = {
-    "tool_messages": {**_OPENAI_ROLES, "tool": "tool"},
-    "tool_sharegpt": {**_SHAREGPT_ROLES, "function_call": "assistant", "observation": "tool", "tool": "tool"},
+    **_SHAREGPT_ROLES,
+    **dict.fromkeys(CALL_ROLES, "assistant"),
+    **dict.fromkeys(RESULT_ROLES, "tool"),
 }
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which messages hold the thought of an answer."""
@@ -28,8 +42,11 @@ _NAMES = {"assistant": "answer", "user": "prompt", "system": "system message", "
 
 
 def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
-    """Turns as stored: an answer with its thought, and with the weight 0 where it is not to be trained."""
-    return [{"role": turn.role, "content": turn.content, **_beside_text(turn.thought, turn.trained)} for turn in turns]
+    """Turns as stored: an answer with its thought, its calls, and the weight 0 where it is not to be trained."""
+    return [
+        {"role": turn.role, "content": turn.content, **turn.more, **_beside_text(turn.thought, turn.trained)}
+        for turn in turns
+    ]
 
 
 def _beside_text(thought: str | None, trained: bool) -> dict[str, Any]:
@@ -178,7 +195,7 @@ def _refuse_tool_calls(turn: dict[str, object], field: str) -> None:
             field=f"{field}.{called}",
             found=describe(turn[called]),
             expected="messages of text",
-            mend="remove the row, write the call as text, or read all rows as tool_messages",
+            mend="read all rows as tool_messages (or tool_sharegpt) by --shape, or remove the row",
         )
 
 
@@ -242,7 +259,7 @@ def require_prompt(turns: list[Turn]) -> None:
                 expected="user or assistant",
                 mend="join the system messages into one at the start",
             )
-        if not turn.content.strip():
+        if not turn.content.strip() and "tool_calls" not in turn.more:
             raise empty(turn.field, _NAMES[turn.role], turn.content)
 
 
@@ -333,72 +350,57 @@ def pangu_prompt(turn: dict[str, object], system: str, field: str) -> list[Turn]
 def tool_body(row: dict[str, object], column: str, shape: Shape, dropped: list[str]) -> dict[str, Any]:
     """Messages with tool calls and their results, as OpenAI's interface has them; arguments are objects.
 
-    A `system` column stands before them; the column `tools` describes what may be called.
+    A `system` column stands before them; the columns `tools` and `functions` describe what may be called.
     """
-    openai = shape == "tool_messages"
-    messages: list[dict[str, Any]] = messages_of(system_turns(row))
-    turns = system_turns(row)
-    for index, item in enumerate(_filled_list(row[column], column)):
-        field = f"{column}[{index}]"
-        messages.append(_tool_message(item, field, column, openai, dropped))
-        said = messages[-1]["content"] or describe(messages[-1].get("tool_calls"))
-        turns.append(Turn(messages[-1]["role"], said, field))
+    tools = tools_of(row)
+    found = [*system_turns(row), *tool_turns(_filled_list(row[column], column), column, tools, dropped)]
+    if not tools and found[0].role == "system":
+        rest, tools = tools_in_system(found[0].content)
+        found = [*([found[0]._replace(content=rest)] if rest else []), *found[1:]]
+    return tool_conversation(found, tools)
+
+
+def tool_conversation(turns: list[Turn], tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body of a row of such turns, with its tools where it has some. Raises RowRefusedError."""
     require_answered(turns)
-    tools = _tool_descriptions(row.get("tools"))
-    return {"messages": messages, **({"tools": tools} if tools else {})}
+    return {"messages": messages_of(linked(turns)), **({"tools": tools} if tools else {})}
 
 
-def _tool_message(turn: object, field: str, column: str, openai: bool, dropped: list[str]) -> dict[str, Any]:
-    role_key, text_key = ("role", "content") if openai else ("from", "value")
+def tool_turns(found: list[object], column: str, tools: list[dict[str, Any]], dropped: list[str]) -> list[Turn]:
+    """The turns of a list of messages, OpenAI's, ShareGPT's or ms-swift's; calls are checked against `tools`."""
+    turns: list[Turn] = []
+    for index, item in enumerate(found):
+        turns += _tool_turn(item, f"{column}[{index}]", column, tools, dropped)
+    return joined(turns)
+
+
+def _tool_turn(turn: object, field: str, column: str, tools: list[dict[str, Any]], dropped: list[str]) -> list[Turn]:
     if not isinstance(turn, dict):
-        raise wrong_type(field, turn, f"an object with {role_key} and {text_key}")
-    calls = turn.get("tool_calls") if openai else None
-    _require_keys(turn, (role_key,) if calls else (role_key, text_key), field)
-    roles = _TOOL_ROLES["tool_messages" if openai else "tool_sharegpt"]
-    role = _role(turn[role_key], f"{field}.{role_key}", roles)
-    kept = ("tool_calls", "tool_call_id", "name") if openai else ()
-    _note_dropped(turn, (role_key, text_key, *kept, *_FLAGS, *THOUGHT_FIELDS), column, dropped)
-    beside = _beside_text(thought_of(turn, field), is_trained(turn, field)) if role == "assistant" else {}
-    if turn[role_key] == "function_call":
-        return {"role": role, "content": "", "tool_calls": _calls(turn[text_key], f"{field}.{text_key}"), **beside}
-    content = turn.get(text_key)
-    told: dict[str, Any] = {"role": role, "content": "", **beside}
-    if not calls or content is not None:
-        told["content"] = text(content, f"{field}.{text_key}")
-    if calls:
-        told["tool_calls"] = _calls(calls, f"{field}.tool_calls")
-    elif not told["content"].strip():
-        raise empty(f"{field}.{text_key}", _NAMES[role], told["content"])
-    told |= {name: turn[name] for name in ("tool_call_id", "name") if openai and isinstance(turn.get(name), str)}
-    return told
-
-
-def _calls(value: object, field: str) -> list[dict[str, Any]]:
-    value = parse_cell(value)
-    calls = value if isinstance(value, list) else [value]
-    return [_call(call, f"{field}[{index}]" if len(calls) > 1 else field) for index, call in enumerate(calls)]
-
-
-def _call(call: object, field: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise wrong_type(field, call, "a call with a name and its arguments")
-    arguments = parse_cell(function.get("arguments", {}))
-    if not isinstance(arguments, dict):
-        raise wrong_type(f"{field}.arguments", arguments, "an object of arguments, or one as JSON text")
-    named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {"type": "function", **named, "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tool_descriptions(value: object) -> list[dict[str, Any]]:
-    """The column `tools`: a list of objects with a name each, which may be JSON text."""
-    value = parse_cell(value)
-    if value is None or value == "" or value == []:
-        return []
-    if not isinstance(value, list):
-        raise wrong_type("tools", value, "a list of tools")
-    for index, tool in enumerate(value):
-        inner = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise wrong_type(f"tools[{index}]", tool, "an object with a name")
-    return value
+        raise wrong_type(field, turn, "an object with role and content, or from and value")
+    role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
+    called = next((key for key in ("tool_calls", "function_call") if turn.get(key)), None)
+    _require_keys(turn, (role_key,) if called else (role_key, text_key), field)
+    role = _role(turn[role_key], f"{field}.{role_key}", _TOOL_ROLES)
+    content, place = turn.get(text_key), f"{field}.{text_key}"
+    beside = {
+        name: turn[name] for name in ("tool_call_id", "name") if role == "tool" and isinstance(turn.get(name), str)
+    }
+    read = (role_key, text_key, "tool_calls", "function_call", *beside, *_FLAGS, *THOUGHT_FIELDS)
+    _note_dropped(turn, read, column, dropped)
+    if role == "tool":
+        results = results_in(result_text(content, place))
+        return [Turn("tool", result, place, more=beside) for result in results]
+    if role != "assistant":
+        said = text(content, place)
+        if role == "user" and is_results(said):
+            return [Turn("tool", result, place) for result in results_in(said)]
+        return [Turn(role, said, place)]
+    if turn[role_key] in CALL_ROLES:
+        said, calls = "", calls_of(content, place, tools, dropped)
+    elif called is not None:
+        said = "" if content is None else text(content, place)
+        calls = calls_of(turn[called], f"{field}.{called}", tools, dropped)
+    else:
+        said, calls = split_calls(text(content, place), place, tools, dropped)
+    more = {"tool_calls": calls} if calls else {}
+    return [Turn(role, said, place, thought_of(turn, field), is_trained(turn, field), more)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from configs.datasets import KIND_TITLES, Columns, Kind, Problem, RequestedShape, Shape
 from tasks import dataset_conversations as conversations
 from tasks import dataset_preferences as preferences
+from tasks import dataset_tool_rows as tool_rows
 from tasks import dataset_vision as vision
 from tasks.dataset_fields import RowRefusedError, Turn, encoded, filled, listing, nearest, number
 from tasks.dataset_images import ImageFolder
@@ -17,6 +18,7 @@ from tasks.dataset_reading import ParsedRow, describe, excerpt
 from tasks.dataset_rows import Body
 from tasks.dataset_shapes import UNREAD_MEDIA, RowLayout, candidates_of, choose_layout, image_column
 from tasks.dataset_sources import Source, read_source
+from tasks.dataset_tools import TOOL_COLUMNS, describes_tools
 
 MAX_EXTRA_CHARACTERS = 256
 
@@ -96,7 +98,9 @@ class _Made(NamedTuple):
         """The columns beside `names` that the shape reads where they are there."""
         if layout.shape in ("preference", "ranking"):
             column = layout.names[0] if layout.shape == "ranking" else preferences.prompt_column(self.row)
-            return {"system", *([column] if column else []), *({"input", "history"} if column == "instruction" else ())}
+            tools = TOOL_COLUMNS if layout.shape == "preference" and describes_tools(self.row) else ()
+            alpaca = ("input", "history") if column == "instruction" else ()
+            return {"system", *([column] if column else []), *alpaca, *tools}
         return _ALSO_USED.get(layout.shape, set())
 
 
@@ -104,8 +108,10 @@ _ALSO_USED: dict[Shape, set[str]] = {
     "alpaca": {"input", "system", "history"},
     "messages": {"system"},
     "sharegpt": {"system"},
-    "tool_messages": {"system", "tools"},
-    "tool_sharegpt": {"system", "tools"},
+    "tool_messages": {"system", *TOOL_COLUMNS},
+    "tool_sharegpt": {"system", *TOOL_COLUMNS},
+    "tool_xlam": {"system", *TOOL_COLUMNS},
+    "tool_glaive": set(TOOL_COLUMNS),
     "qianfan": {"system"},
     "pangu": {"system"},
     "qianfan_preference": {"system"},
@@ -156,6 +162,8 @@ _MAKERS: dict[Shape, Callable[[_Made], dict[str, Any]]] = {
     "pangu": lambda made: _chat(conversations.pangu_turns(made.row, made.dropped)),
     "tool_messages": lambda made: conversations.tool_body(made.row, made.names[0], made.shape, made.dropped),
     "tool_sharegpt": lambda made: conversations.tool_body(made.row, made.names[0], made.shape, made.dropped),
+    "tool_xlam": lambda made: tool_rows.xlam_body(made.row, made.dropped),
+    "tool_glaive": lambda made: tool_rows.glaive_body(made.row, made.dropped),
     "preference": lambda made: preferences.preference_body(made.row, made.dropped),
     "qianfan_preference": lambda made: preferences.qianfan_preference_body(made.row),
     "ranking": lambda made: preferences.ranking_body(made.row, made.names, made.dropped),
@@ -218,6 +226,8 @@ def _refuse_other_kinds(row: Object, layout: RowLayout) -> None:
             expected="rows with one answer each",
             mend="put rows of different shapes into files of their own",
         )
+    if layout.kind != "chat_tools" and layout.shape != "preference" and describes_tools(row):
+        _refuse_tools(row, layout)
     media = next((name for name in UNREAD_MEDIA if row.get(name)), None)
     if media is None and layout.kind not in ("vision", "caption"):
         media = image_column(row) if layout.kind in _WITHOUT_IMAGES else None
@@ -230,6 +240,19 @@ def _refuse_other_kinds(row: Object, layout: RowLayout) -> None:
             expected=f"rows of {KIND_TITLES[layout.kind]}",
             mend=f"put it into a file of its own, or remove the column {media}",
         )
+
+
+def _refuse_tools(row: Object, layout: RowLayout) -> None:
+    column = next(name for name in TOOL_COLUMNS if row.get(name))
+    by_shape = {"messages": "tool_messages", "sharegpt": "tool_sharegpt"}.get(layout.shape)
+    raise RowRefusedError(
+        "tools",
+        f"the row describes tools, which rows of the shape {layout.shape} have no place for",
+        field=column,
+        found=describe(row[column]),
+        expected=f"rows of {KIND_TITLES[layout.kind]} without tools",
+        mend=f"read all rows as {by_shape} by --shape" if by_shape else "write the row as messages with tools",
+    )
 
 
 # What is stored

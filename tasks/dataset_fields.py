@@ -5,20 +5,25 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from configs.datasets import Problem
 from tasks.dataset_reading import describe, parse_cell, shown
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 class Turn(NamedTuple):
-    """A message and where in the row it came from."""
+    """A message and where in the row it came from; `more` holds its `tool_calls`, or `tool_call_id` and `name`."""
 
     role: str
     content: str
     field: str
     thought: str | None = None
     trained: bool = True
+    more: Mapping[str, Any] = _NOTHING
 
 
 class RowRefusedError(Exception):

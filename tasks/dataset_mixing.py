@@ -34,6 +34,7 @@ from tasks.dataset_store import (
 from tasks.dataset_tally import About, Tally
 from tasks.datasets import find_dataset
 
+_CONVERSATIONS = {"chat", "chat_tools"}
 FROM = "dataset"
 """The further column of a mixed row that names the version it comes from, to score the parts apart."""
 
@@ -108,7 +109,7 @@ def _parts(weights: Mapping[str, float], rows: int | None, repeat: bool) -> list
 def _require_one_kind(versions: Sequence[DatasetVersion]) -> None:
     first = versions[0]
     for other in versions[1:]:
-        if other.kind != first.kind:
+        if other.kind != first.kind and not {other.kind, first.kind} <= _CONVERSATIONS:
             raise UserError(
                 f"{first.reference} are {KIND_TITLES[first.kind]}, and {other.reference} are {KIND_TITLES[other.kind]}",
                 field="datasets",
@@ -184,7 +185,8 @@ def _row(stored: dict[str, Any], version: DatasetVersion, number: int) -> Row:
 
 
 def _about(parts: Sequence[_Part], folder: Path) -> About:
-    first = parts[0].version
+    # A conversation without tools is a row of either kind.
+    first = max((part.version for part in parts), key=lambda version: version.kind == "chat_tools")
     told = ", ".join(f"{part.rows:,} rows of {part.version.reference}" for part in parts)
     size = (folder / ROWS_FILE).stat().st_size
     return About(f"a mix of {told}", "jsonl", RowLayout(first.shape, (), first.columns), (), size)

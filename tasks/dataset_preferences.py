@@ -15,9 +15,11 @@ from tasks.dataset_conversations import (
     require_answered,
     require_prompt,
     system_turns,
+    tool_turns,
 )
 from tasks.dataset_fields import RowRefusedError, Turn, empty, listed, messages_cell, number, text, wrong_type
 from tasks.dataset_reading import describe
+from tasks.dataset_tools import Tool, has_tools, linked, tools_of
 
 PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "messages", "conversations")
 RANKED_COLUMNS = ("answers", "responses", "completions")
@@ -31,8 +33,9 @@ def prompt_column(row: dict[str, object]) -> str | None:
 
 def preference_body(row: dict[str, object], dropped: list[str]) -> dict[str, Any]:
     """Chosen and rejected as texts, messages, or whole conversations that begin alike."""
-    sides = [_side(row, name, dropped) for name in ("chosen", "rejected")]
     column = prompt_column(row)
+    tools = tools_of(row) if has_tools(row, "chosen", "rejected", *([column] if column else [])) else None
+    sides = [_side(row, name, dropped, tools) for name in ("chosen", "rejected")]
     if all(len(side) > 1 for side in sides) and sides[0][0].role != "assistant":
         prompt, sides = _split(sides)
     elif column is None:
@@ -45,49 +48,55 @@ def preference_body(row: dict[str, object], dropped: list[str]) -> dict[str, Any
             mend="add what was asked",
         )
     else:
-        prompt = asked_turns(row, column, dropped)
+        prompt = asked_turns(row, column, dropped, tools)
     require_prompt(prompt)
     for side in sides:
         require_answered([*prompt, *side])
     if messages_of(sides[0]) == messages_of(sides[1]):
         raise _equal("chosen, rejected")
+    if tools is not None:
+        sides = [linked([*prompt, *side])[len(prompt) :] for side in sides]
+        prompt = linked(prompt)
     names = ("prompt", "chosen", "rejected")
-    return {name: messages_of(side) for name, side in zip(names, (prompt, *sides), strict=True)}
+    body = {name: messages_of(side) for name, side in zip(names, (prompt, *sides), strict=True)}
+    return {**body, **({"tools": tools} if tools else {})}
 
 
-def asked_turns(row: dict[str, object], column: str, dropped: list[str]) -> list[Turn]:
-    """The prompt of a row: a text, an Alpaca instruction with its input, or messages."""
+def asked_turns(row: dict[str, object], column: str, dropped: list[str], tools: list[Tool] | None = None) -> list[Turn]:
+    """The prompt of a row: a text, an Alpaca instruction with its input, or messages; `tools`: they may call them."""
     value = messages_cell(row[column])
     if column == "instruction":
         return alpaca_prompt(row)
     if isinstance(value, list):
-        return [*system_turns(row), *_messages(value, column, dropped)]
+        return [*system_turns(row), *_messages(value, column, dropped, tools)]
     return [*system_turns(row), Turn("user", text(row[column], column), column)]
 
 
-def _messages(value: list[object], column: str, dropped: list[str]) -> list[Turn]:
+def _messages(value: list[object], column: str, dropped: list[str], tools: list[Tool] | None) -> list[Turn]:
+    if tools is not None:
+        return tool_turns(value, column, tools, dropped)
     sharegpt = bool(value) and isinstance(value[0], dict) and "from" in value[0]
     return conversation(value, column, "sharegpt" if sharegpt else "messages", dropped)
 
 
-def _side(row: dict[str, object], name: str, dropped: list[str]) -> list[Turn]:
+def _side(row: dict[str, object], name: str, dropped: list[str], tools: list[Tool] | None) -> list[Turn]:
     value = messages_cell(row[name])
     if isinstance(value, str):
         if not value.strip():
             raise empty(name, "answer", value)
         return [Turn("assistant", value, name)]
     if isinstance(value, dict):
-        return _messages([value], name, dropped)
+        return _messages([value], name, dropped, tools)
     if not isinstance(value, list):
         raise wrong_type(name, value, "a text, a message or a list of messages")
-    return _messages(value, name, dropped)
+    return _messages(value, name, dropped, tools)
 
 
 def _split(sides: list[list[Turn]]) -> tuple[list[Turn], list[list[Turn]]]:
     """Cut two conversations where they begin to differ: the prompt, and what follows it on each side."""
     same = 0
     for one, other in zip(*sides, strict=False):
-        if (one.role, one.content) != (other.role, other.content):
+        if (one.role, one.content, one.more) != (other.role, other.content, other.more):
             break
         same += 1
     if same == min(map(len, sides)):

@@ -52,7 +52,7 @@ def parts(kind: Kind, body: Body) -> list[Part]:
     if kind == "preference":
         chosen = [_message(message, "chosen") for message in body["chosen"]]
         rejected = [_message(message, "rejected")._replace(trained=False) for message in body["rejected"]]
-        return [*_asked(body), *_relabelled(chosen, "chosen"), *_relabelled(rejected, "rejected")]
+        return [*_tools(body), *_asked(body), *_relabelled(chosen, "chosen"), *_relabelled(rejected, "rejected")]
     if kind == "ranking":
         ranked = zip(body["answers"], body["scores"], strict=True)
         return [*_asked(body), *(Part("answer", f"answer, score {score:g}", text, True) for text, score in ranked)]
@@ -88,10 +88,11 @@ def prompt_of(kind: Kind, body: Body) -> object:
     A conversation and a preference pair that ask the same share it too.
     """
     if kind in ("preference", "ranking"):
-        return body["prompt"]
+        return [body["prompt"], body["tools"]] if "tools" in body else body["prompt"]
     if kind in ("chat", "chat_tools", "vision"):
         asked = body["messages"][:-1]
-        return [asked, body["images"]] if "images" in body else asked
+        beside = [body[name] for name in ("tools", "images") if name in body]
+        return [asked, *beside] if beside else asked
     return [value for name, value in body.items() if name not in ("positive", "negative", "score", "caption")]
 
 

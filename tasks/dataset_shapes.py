@@ -12,6 +12,7 @@ from tasks.dataset_fields import listing, nearest
 from tasks.dataset_preferences import PROMPT_COLUMNS, RANKED_COLUMNS
 from tasks.dataset_reading import ParsedRow, describe, parse_cell
 from tasks.dataset_sources import Source, read_source
+from tasks.dataset_tools import has_tools
 
 SAMPLED_ROWS = 20
 PLAIN_PAIRS = (
@@ -47,6 +48,7 @@ _ALPACA = Columns(prompt="instruction", completion="output")
 _ACCEPTED = (
     "prompt/completion (or question/answer, instruction/response, query/response), messages, "
     "Alpaca (instruction, output), ShareGPT (conversations), Qianfan (prompt, response), Pangu (context, target), "
+    "tool calls (messages or conversations with tools, xLAM's query/answers/tools, Glaive's system/chat), "
     "chosen/rejected, a prompt with answers and scores, anchor/positive with or without negative, "
     "sentence1/sentence2/score, an image with messages, with question and answer, or with a caption, "
     "or documents in a column text (or content)"
@@ -150,16 +152,19 @@ def _document(sample: Sequence[ParsedRow], shape: RequestedShape) -> RowLayout |
 
 
 def _richest(chosen: RowLayout, layouts: Sequence[list[RowLayout]]) -> RowLayout:
-    """Plain messages, unless at least every second row of the sample has tools or images."""
-    richer = _RICHER.get(chosen.shape, ())
-    found = [candidates[0] for candidates in layouts if candidates and candidates[0].shape in richer]
-    return found[0] if 2 * len(found) >= len(layouts) else chosen
+    """Plain messages, unless at least every second row of the sample has images, or any row has tools.
+
+    A row without tools is the same conversation among rows with tools, but not the other way round.
+    """
+    found = [candidates[0] for candidates in layouts if candidates]
+    with_images = [layout for layout in found if layout.shape == "image_messages"]
+    if chosen.shape in _WITH_TOOLS and 2 * len(with_images) >= len(layouts):
+        return with_images[0]
+    with_tools = [layout for layout in found if layout.shape == _WITH_TOOLS.get(chosen.shape)]
+    return with_tools[0] if with_tools else chosen
 
 
-_RICHER: dict[Shape, tuple[Shape, ...]] = {
-    "messages": ("image_messages", "tool_messages"),
-    "sharegpt": ("image_messages", "tool_sharegpt"),
-}
+_WITH_TOOLS: dict[Shape, Shape] = {"messages": "tool_messages", "sharegpt": "tool_sharegpt"}
 
 
 # Finders: the layouts of one family that a row fits. The first family with one decides: a row that has chosen and
@@ -243,11 +248,12 @@ def _conversations(row: Object) -> list[RowLayout]:
     if row.keys() >= {"instruction", "output"}:
         found.append(RowLayout("alpaca", _FIXED["alpaca"]))
     if "messages" in row:
-        shape: Shape = "tool_messages" if _has_tools(row, "messages") else "messages"
+        shape: Shape = "tool_messages" if has_tools(row, "messages") else "messages"
         found.append(RowLayout(shape, ("messages",)))
     if "conversations" in row:
-        shape = "tool_sharegpt" if _has_tools(row, "conversations") else "sharegpt"
+        shape = "tool_sharegpt" if has_tools(row, "conversations") else "sharegpt"
         found.append(RowLayout(shape, ("conversations",)))
+    found += [RowLayout(shape, _FIXED[shape]) for shape in _TOOL_ROWS if row.keys() >= set(_FIXED[shape])]
     if row.keys() >= {"prompt", "response"}:
         found.append(RowLayout("qianfan", ("prompt", "response")))
     if row.keys() >= {"context", "target"}:
@@ -262,6 +268,8 @@ _FINDERS: tuple[tuple[Callable[[Object], list[RowLayout]], ...], ...] = (
     (_pairs_of_texts, _conversations),
 )
 
+_TOOL_ROWS: tuple[Shape, ...] = ("tool_xlam", "tool_glaive")
+
 # Shapes whose columns have one name each; told to read one, it is read even if the first rows do not fit.
 _FIXED: dict[Shape, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -271,6 +279,8 @@ _FIXED: dict[Shape, tuple[str, ...]] = {
     "pangu": ("context", "target"),
     "tool_messages": ("messages",),
     "tool_sharegpt": ("conversations",),
+    "tool_xlam": ("query", "answers", "tools"),
+    "tool_glaive": ("system", "chat"),
     "preference": ("chosen", "rejected"),
     "qianfan_preference": ("user", "chosen", "rejected"),
     "qianfan_ranking": ("prompt", "response", "score"),
@@ -290,20 +300,6 @@ def _first(row: Object, names: Sequence[str]) -> str | None:
 def _pair_layout(prompt: str, completion: str, *, named: bool = False) -> RowLayout:
     columns = Columns(prompt=prompt, completion=completion)
     return RowLayout("prompt_completion", (prompt, completion), columns, named)
-
-
-def _has_tools(row: Object, column: str) -> bool:
-    if row.get("tools") and parse_cell(row["tools"]):
-        return True
-    turns = parse_cell(row[column])
-    return isinstance(turns, list) and any(_is_tool_turn(turn) for turn in turns)
-
-
-def _is_tool_turn(turn: object) -> bool:
-    if not isinstance(turn, dict):
-        return False
-    role = turn.get("role", turn.get("from"))
-    return bool(turn.get("tool_calls")) or role in ("tool", "function_call", "observation")
 
 
 def _half_named(row: Object, columns: Columns) -> list[RowLayout]:

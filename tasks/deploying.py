@@ -18,13 +18,14 @@ from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
 from tasks.hardware import ask_hardware
-from tasks.inference import Generation, answer_prompts, answer_requests
+from tasks.inference import Answer, Generation, answer_prompts, answer_requests
 from tasks.serving_checks import verify_prompts
 from tasks.serving_requests import predicted
 from tasks.stages import phase_event
 from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
+_TOOL_PROBE_TOKENS = 128  # calls are longer than the start of an answer
 _PROBES_FILE = "probes.json"
 _PROBE_SEED = 42
 _UNTRAINED_REQUESTS: dict[str, list[dict[str, Any]]] = {
@@ -128,18 +129,20 @@ def collect_probes(
     if of_type is not None or any("request" in probe for probe in stored):
         requests = [probe["request"] for probe in stored if "request" in probe] or of_type or []
         return _request_probes(model, requests, on_events)
-    conversations = [probe["messages"] for probe in stored] or _UNTRAINED_PROBES
+    asked = [_asked(probe) for probe in stored] or [{"messages": messages} for messages in _UNTRAINED_PROBES]
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
-    generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1, model_settings=APPLIED_SETTINGS[target])
-    answers = answer_prompts(model, conversations, generation, on_events)
+    tokens = _TOOL_PROBE_TOKENS if any("tools" in each for each in asked) else PROBE_TOKENS
+    generation = Generation(max_new_tokens=tokens, batch_size=1, model_settings=APPLIED_SETTINGS[target])
+    answers = _answers(model, asked, generation, on_events)
     probes = [
         Probe(
-            messages=messages,
+            **request,
             prompt_token_ids=answer.prompt_token_ids,
-            answer=answer.answer if answer.said is None else answer.said,
-            max_new_tokens=PROBE_TOKENS,
+            answer=_known_answer(answer),
+            tool_calls=answer.tool_calls or [],
+            max_new_tokens=tokens,
         )
-        for messages, answer in zip(conversations, answers, strict=True)
+        for request, answer in zip(asked, answers, strict=True)
     ]
     _require_trained(model, probes, stored, content.get("date"), on_events)
     return probes
@@ -163,10 +166,32 @@ def _require_trained(
     rendered = [probe.prompt_token_ids for probe in probes]
     if trained_on is not None and rendered != [each.prompt_token_ids for each in trained]:
         dated = Generation(max_new_tokens=1, batch_size=1, template_date=date.fromisoformat(trained_on))
-        asked = [probe.messages for probe in probes]
-        rendered = [answer.prompt_token_ids for answer in answer_prompts(model, asked, dated, on_events)]
+        asked = [_asked(probe.model_dump(exclude_none=True)) for probe in probes]
+        rendered = [answer.prompt_token_ids for answer in _answers(model, asked, dated, on_events)]
     if trained:
         verify_prompts(trained, rendered)
+
+
+def _answers(
+    model: ModelRecord,
+    asked: list[dict[str, Any]],
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None],
+) -> list[Answer]:
+    tools = [each.get("tools") for each in asked]
+    return answer_prompts(model, [each["messages"] for each in asked], generation, on_events, tools)
+
+
+def _known_answer(answer: Answer) -> str | None:
+    """The answer as a server returns it; None where servers differ: a call that breaks off or cannot be read."""
+    if answer.broken_calls:
+        return None
+    return answer.answer if answer.said is None else answer.said
+
+
+def _asked(probe: dict[str, Any]) -> dict[str, Any]:
+    """What the inference stage and the server are asked for a stored probe."""
+    return {name: probe[name] for name in ("messages", "tools") if name in probe}
 
 
 def _request_probes(

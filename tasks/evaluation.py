@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.records import ModelRecord, TrainStatus
 from configs.scoring import RULE_METRICS, RowScores, Scores, ScoringOptions
 from methods.registry import find_method
+from methods.toolkit.tool_parsing import as_text, calls_of_message
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
 from tasks.files import read_record
@@ -26,6 +27,7 @@ from tasks.models import logged_model_id
 from tasks.scored_files import slice_name
 from tasks.scoring import score_rows, summarise
 from tasks.stop_words import read_stop_words
+from tasks.tool_scores import tool_figures
 from tasks.vision_messages import with_images
 
 
@@ -81,7 +83,8 @@ def evaluate(
     requests = [_request(row, version.path.parent) for row in rows]
     if perplexity:
         for row, request in zip(rows, requests, strict=True):
-            request["reference"] = text_of(row["messages"][-1])
+            wanted = row["messages"][-1]
+            request["reference"] = wanted if wanted.get("tool_calls") else text_of(wanted)
     predictions, how = measured_requests(model, requests, generation, on_events)
     answers = [Answer.model_validate(each) for each in predictions]
     found = score_answers(model.name, version, rows, answers, options)
@@ -92,7 +95,7 @@ def _request(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What an inference stage is asked for a stored row: all but its last message, and the images shown so far."""
     asked = row["messages"][:-1]
     if "images" not in row:
-        return {"messages": asked}
+        return {"messages": asked, **({"tools": row["tools"]} if row.get("tools") else {})}
     shown = sum(
         part["type"] == "image"
         for message in asked
@@ -108,13 +111,16 @@ def endpoint_kinds(endpoint: Endpoint) -> tuple[Kind, ...]:
     if deployed is None:
         return ("chat",)
     kinds = find_method(models.find_model(deployed.model_name).method).evaluated_kinds
-    return ("vision",) if "vision" in kinds else ("chat",)
+    return ("vision",) if "vision" in kinds else tuple(kind for kind in ("chat", "chat_tools") if kind in kinds)
 
 
-def asked_of_endpoint(row: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """What an endpoint is asked for a stored row: all but its last message, with the images shown so far in them."""
-    messages: list[dict[str, Any]] = with_images(row, folder)["messages"][:-1]
-    return messages
+def asked_of_endpoint(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What an endpoint is asked for a stored row: all but its last message, with the images shown so far in them.
+
+    Its tools go with them.
+    """
+    messages = with_images(row, folder)["messages"][:-1] if "images" in row else row["messages"][:-1]
+    return {"messages": messages, **({"tools": row["tools"]} if row.get("tools") else {})}
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -123,6 +129,30 @@ def text_of(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def answer_text(message: Mapping[str, Any]) -> str:
+    """What a message says, with a line of JSON for each tool that it calls."""
+    return as_text(text_of(message), calls_of_message(message))
+
+
+def answered_text(row: Mapping[str, Any], answer: Answer) -> str:
+    """What a model has answered to a stored row, written as `answer_text` writes the reference."""
+    if not _has_tools(row):
+        return answer.answer
+    parsed = answer.parsed(row.get("tools") or ())
+    return as_text(parsed.content, parsed.calls) if parsed.calls else answer.answer
+
+
+def _has_tools(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("tools") or row["messages"][-1].get("tool_calls"))
+
+
+def _tool_figures(row: Mapping[str, Any], answer: Answer) -> dict[str, float | bool | None]:
+    if not _has_tools(row):
+        return {}
+    tools = row.get("tools") or ()
+    return tool_figures(answer.parsed(tools), calls_of_message(row["messages"][-1]), tools)
 
 
 def score_answers(
@@ -143,10 +173,10 @@ def score_answers(
     failures = {number: answer for number, (_, answer) in numbered if isinstance(answer, UserError)}
     if failures and not answered:
         raise next(iter(failures.values()))
-    pairs = [(answer.answer, text_of(row["messages"][-1])) for _, row, answer in answered]
+    pairs = [(answered_text(row, answer), answer_text(row["messages"][-1])) for _, row, answer in answered]
     scored = [
-        each.model_copy(update={"row": number})
-        for each, (number, _, _) in zip(score_rows(pairs, stop_words), answered, strict=True)
+        each.model_copy(update={"row": number, **_tool_figures(row, answer)})
+        for each, (number, row, answer) in zip(score_rows(pairs, stop_words), answered, strict=True)
     ]
     kept = [row for _, row, _ in answered]
     by = {column: _column(kept, column, version) for column in options.by}
@@ -171,9 +201,9 @@ def _prediction(number: int, row: Mapping[str, Any], answer: Answer, figures: Ro
     messages = row["messages"]
     return {
         "row": number,
-        "prompt": text_of(messages[-2]) if len(messages) > 1 else "",
-        "reference": text_of(messages[-1]),
-        "prediction": answer.answer,
+        "prompt": answer_text(messages[-2]) if len(messages) > 1 else "",
+        "reference": answer_text(messages[-1]),
+        "prediction": answered_text(row, answer),
         **({"thought": answer.thought} if answer.thought else {}),
         "exact": figures.accuracy == 100.0,
         "hit_limit": answer.hit_limit,

@@ -20,6 +20,7 @@ from configs.records import ModelRecord
 from configs.settings import load_settings
 from configs.train import TemplateVariables, ThinkingMode
 from methods.registry import StageName, find_method
+from methods.toolkit.tool_parsing import Parsed, parse_calls
 from tasks.gpus import borrowing_slot
 from tasks.remote_code import allowed_digests
 from tasks.stages import StageJob, run_stage
@@ -83,6 +84,17 @@ class Answer(BaseModel):
     prompt_token_ids: list[int]
     reference_logprob: float | None = Field(default=None, description="Natural logarithm of the likelihood.")
     reference_tokens: int = Field(default=0, description="Its tokens, the end token included.")
+    tool_calls: list[dict[str, Any]] | None = Field(
+        default=None, description="Name and arguments of each call; None: not told, the answer is all there is."
+    )
+    broken_calls: int = Field(default=0, description="Calls that cannot be read.")
+    content: str | None = Field(default=None, description="What is said beside the calls.")
+
+    def parsed(self, tools: Sequence[Mapping[str, Any]]) -> Parsed:
+        """The answer's calls, and what it says beside them."""
+        if self.tool_calls is None:
+            return parse_calls(self.answer, tools)
+        return Parsed(self.answer if self.content is None else self.content, self.tool_calls, self.broken_calls)
 
 
 def answer_prompts(
@@ -90,9 +102,17 @@ def answer_prompts(
     conversations: Sequence[list[Message]],
     generation: Generation,
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
 ) -> list[Answer]:
-    """The model's answers to the conversations, in order. Raises UserError, StageFailed, StageCancelled."""
-    asked = [{"messages": messages} for messages in conversations]
+    """The model's answers to the conversations, in order; `tools` are those of each.
+
+    Raises UserError, StageFailed, StageCancelled.
+    """
+    offered = tools or [None] * len(conversations)
+    asked = [
+        {"messages": messages, **({"tools": each} if each else {})}
+        for messages, each in zip(conversations, offered, strict=True)
+    ]
     return [Answer.model_validate(each) for each in answer_requests(model, asked, generation, on_events)]
 
 

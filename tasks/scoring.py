@@ -32,7 +32,12 @@ from tasks.text_checks import check_texts
 LIBRARIES = ("jieba", "nltk", "rouge-chinese")
 NO_STOP_WORDS: frozenset[str] = frozenset()
 MOST_SLICES = 200
-_JSON_FIGURES = ("json_valid", "json_exact", "json_fields")
+_OF_SOME_ROWS = (
+    ("json_valid", "json_exact", "json_fields"),
+    ("tool_call_valid", "tool_name_accuracy", "tool_arguments_accuracy"),
+    ("tool_false_call",),
+)
+"""Figures that only some rows have, those that the same rows have together."""
 
 
 def scoring_options(config: TrainConfig) -> ScoringOptions:
@@ -124,23 +129,27 @@ def _parts(rows: Sequence[RowScores], column: str, values: Sequence[str]) -> lis
 def _mean_scores(rows: Sequence[RowScores], stop_words: Collection[str], confidence: float) -> Scores:
     if not rows:
         raise UserError("there is nothing to score", expected="at least one prediction with its reference")
-    json_rows = [row for row in rows if row.json_valid is not None]
-    of_all = [name for name in RULE_METRICS if name not in _JSON_FIGURES]
-    means, intervals = _means(rows, of_all, confidence)
-    json_means, json_intervals = _means(json_rows, _JSON_FIGURES, confidence) if json_rows else ({}, {})
+    of_some = {name for names in _OF_SOME_ROWS for name in names}
+    means, intervals = _means(rows, [name for name in RULE_METRICS if name not in of_some], confidence)
+    for names in _OF_SOME_ROWS:
+        if having := [row for row in rows if getattr(row, names[0]) is not None]:
+            some_means, some_intervals = _means(having, names, confidence)
+            means, intervals = means | some_means, intervals | some_intervals
     libraries = {name: version(name) for name in LIBRARIES}
     return Scores.model_validate(
         {
             **means,
-            **json_means,
             "rows": len(rows),
             "empty_predictions": sum(row.empty_prediction for row in rows),
-            "json_rows": len(json_rows),
+            "json_rows": sum(row.json_valid is not None for row in rows),
+            "tool_rows": sum(row.calls_tool is not None for row in rows),
+            "calls_expected": sum(row.tool_call_valid is not None for row in rows),
+            "calls_made": sum(bool(row.calls_tool) for row in rows),
             "stop_words": len(set(stop_words)),
             "tokeniser": f"jieba {libraries['jieba']}, default dictionary, punctuation and whitespace kept",
             "libraries": libraries,
             "confidence": confidence,
-            "intervals": intervals | json_intervals,
+            "intervals": intervals,
         }
     )
 
@@ -166,8 +175,9 @@ def _score_row(row: int, prediction: str, reference: str, stop_words: frozenset[
     checks = TextChecks.model_validate(check_texts(prediction, reference)).model_dump()
     # Blank answers stop here: rouge_chinese raises on them, and their whitespace would earn a share of F1.
     if not "".join(given).strip():
-        return RowScores(row=row, empty_prediction=True, **dict.fromkeys(Metrics.model_fields, 0.0), **checks)
-    return RowScores(row=row, empty_prediction=False, **_compare(given, wanted), **checks)
+        nothing = dict.fromkeys(Metrics.model_fields, 0.0)
+        return RowScores.model_validate({"row": row, "empty_prediction": True, **nothing, **checks})
+    return RowScores.model_validate({"row": row, "empty_prediction": False, **_compare(given, wanted), **checks})
 
 
 def _compare(given: list[str], wanted: list[str]) -> dict[str, float]:

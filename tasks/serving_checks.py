@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from configs.endpoints import Deployment, Probe, Verification
 from configs.errors import UserError
+from methods.toolkit.tool_parsing import calls_of_message
 from tasks.http_backends import post_json, refused
+from tasks.text_checks import equal_json
+from tasks.tool_messages import sent
 
 _CHAT = "/v1/chat/completions"
 
@@ -44,7 +48,7 @@ def verify_answers(
     known = [probe for probe in probes if probe.answer is not None]
     for number, probe in enumerate(probes, start=1):
         where = f"probe {number} of {len(probes)}"
-        content, prompt_tokens = _ask(deployment, probe, timeout)
+        message, prompt_tokens = _ask(deployment, probe, timeout)
         if prompt_tokens is not None and prompt_tokens != len(probe.prompt_token_ids):
             raise UserError(
                 f"{where}: the server made {prompt_tokens} prompt tokens of it",
@@ -52,11 +56,11 @@ def verify_answers(
                 expected=f"{len(probe.prompt_token_ids)}, as the model's own template makes",
             )
         counted = counted and prompt_tokens is not None
-        # White space around an answer is the decoder's doing, not the model's.
-        is_same = probe.answer is not None and content.strip() == probe.answer.strip()
+        is_same = probe.answer is not None and _is_same(message, probe)
         if probe.answer is not None and not is_same and deployment.quantization is None:
+            given = message.get("tool_calls") or message.get("content") or ""
             raise UserError(
-                f"{where}: the server's greedy answer is another one: {content!r}",
+                f"{where}: the server's greedy answer is another one: {given!r}",
                 field="answer",
                 expected=repr(probe.answer),
             )
@@ -79,18 +83,28 @@ def _why_skipped(deployment: Deployment, skipped: int) -> str | None:
     return f"{skipped} probes came without a known answer"
 
 
-def _ask(deployment: Deployment, probe: Probe, timeout: float) -> tuple[str, int | None]:
+def _is_same(message: dict[str, Any], probe: Probe) -> bool:
+    """Whether the server's message is the probe's answer: the same calls where it reads them, else the same text."""
+    if message.get("tool_calls"):
+        calls = calls_of_message(message)
+        return equal_json(calls, probe.tool_calls)
+    # White space around an answer is the decoder's doing, not the model's.
+    return str(message.get("content") or "").strip() == str(probe.answer).strip()
+
+
+def _ask(deployment: Deployment, probe: Probe, timeout: float) -> tuple[dict[str, Any], int | None]:
     """The server's greedy answer to the probe, and how many prompt tokens it counted, if it tells."""
     asked = {
         "model": deployment.backend_model,
-        "messages": probe.messages,
+        **sent(probe.messages, probe.tools),
         "temperature": 0.0,
         "max_tokens": probe.max_new_tokens if probe.answer is not None else 1,
     }
     answer = post_json(deployment, _CHAT, asked, timeout)
     try:
         counted = (answer.get("usage") or {}).get("prompt_tokens")
-        content = answer["choices"][0]["message"].get("content") or ""
-        return str(content), int(counted) if counted is not None else None
+        message: dict[str, Any] = answer["choices"][0]["message"]
+        calls_of_message(message)
+        return message, int(counted) if counted is not None else None
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise refused(deployment, _CHAT, f"{answer!r:.500}") from error

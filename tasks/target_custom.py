@@ -22,6 +22,7 @@ from tasks.model_folders import base_of_adapter, is_adapter
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
 from tasks.remote_code import allowed_digests
 from tasks.stages import StageJob, code_of_job, prepare_folder, stage_environment
+from tasks.tool_messages import sent
 
 PROMPTS_NEED_SERVER = True
 _ENVIRONMENT_OF_STAGES = ("PYTHONPATH",)
@@ -68,7 +69,7 @@ def prompt_tokens(
     deployment: Deployment, served: Path, probes: Sequence[Probe], timeout: float
 ) -> list[list[int]] | None:
     """Token ids that the server makes of each probe; None if it has no route for it."""
-    asked = [{"model": deployment.model, "messages": probe.messages} for probe in probes]
+    asked = [{"model": deployment.model, **sent(probe.messages, probe.tools)} for probe in probes]
     if not offers(deployment, "/tokenize", asked[0], timeout):
         return None
     return [posted_tokens(deployment, "/tokenize", each, timeout) for each in asked]

@@ -12,6 +12,7 @@ from tasks.http_backends import post_json, posted_tokens
 from tasks.llama_cpp import installed, needed
 from tasks.model_folders import check_model_folder, complete_model_only
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
+from tasks.tool_messages import sent
 
 PROMPTS_NEED_SERVER = True
 
@@ -48,7 +49,7 @@ def prompt_tokens(deployment: Deployment, served: Path, probes: Sequence[Probe],
     """
     rendered = []
     for probe in probes:
-        text = post_json(deployment, "/apply-template", {"messages": probe.messages}, timeout)["prompt"]
+        text = post_json(deployment, "/apply-template", sent(probe.messages, probe.tools), timeout)["prompt"]
         asked = {"content": text, "add_special": True, "parse_special": True}
         rendered.append(posted_tokens(deployment, "/tokenize", asked, timeout))
     return rendered

@@ -143,7 +143,16 @@ def _context(model: Path) -> int:
 def _template(deployment: Deployment, served: Path) -> tuple[Pieces, list[str]]:
     """The model's chat template in pieces, proved on the prompts of training too, and the words that end an answer."""
     probes = deployment.model_path / "probes.json"
-    trained = [probe["messages"] for probe in read_json(probes)["probes"]] if probes.is_file() else []
+    stored = read_json(probes)["probes"] if probes.is_file() else []
+    if any("tools" in probe for probe in stored):
+        raise UserError(
+            "the model was trained with tools, which the template that Tuneline writes for Ollama does not show",
+            file=probes,
+            field="target",
+            value="ollama",
+            expected="transformers, vllm or llama.cpp",
+        )
+    trained = [probe["messages"] for probe in stored]
     rendered = _rendered(deployment, [*CONVERSATIONS, *trained])
     adds_bos = _adds_bos(served)
     pieces = derive(rendered["texts"][: len(CONVERSATIONS)], rendered["bos"], adds_bos)

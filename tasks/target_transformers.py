@@ -75,7 +75,7 @@ def prompt_tokens(deployment: Deployment, served: Path, probes: Sequence[Probe],
     deployment.log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, deployment.log.open("ab") as log:
         asked, answered = Path(scratch, "messages.json"), Path(scratch, "rendered.json")
-        asked.write_text(json.dumps([probe.messages for probe in probes]), encoding="utf-8")
+        asked.write_text(json.dumps([[probe.messages, probe.tools] for probe in probes]), encoding="utf-8")
         program = TOOLKIT / "render_prompts.py"
         try:
             subprocess.run(

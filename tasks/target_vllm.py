@@ -15,6 +15,7 @@ from tasks.http_backends import posted_tokens
 from tasks.model_folders import base_of_adapter, check_model_folder, is_adapter, read_json
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
 from tasks.remote_code import refuse_code
+from tasks.tool_messages import sent
 
 PROMPTS_NEED_SERVER = True
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -72,7 +73,7 @@ def prompt_tokens(deployment: Deployment, served: Path, probes: Sequence[Probe],
             "/tokenize",
             {
                 "model": deployment.model,
-                "messages": probe.messages,
+                **sent(probe.messages, probe.tools),
                 "add_generation_prompt": True,
                 "add_special_tokens": False,
             },

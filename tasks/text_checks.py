@@ -61,6 +61,14 @@ def _compare_json(prediction: str, reference: str) -> dict[str, float | None]:
     }
 
 
+def equal_json(given: Any, wanted: Any) -> bool:
+    """Whether two JSON values are the same, whatever the order of keys; 1 is 1.0, but not true."""
+    given_fields, wanted_fields = dict(_fields(given)), dict(_fields(wanted))
+    return given_fields.keys() == wanted_fields.keys() and all(
+        _same(given_fields[path], value) for path, value in wanted_fields.items()
+    )
+
+
 def parse_json(text: str) -> Any:
     """The JSON object or list that the text is; `_MISSING` for anything else, JSON inside a code fence included."""
     if text[:1] not in ("{", "["):

@@ -77,8 +77,8 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
 
 def save(job: contract.Job, trainer: OwnTrainer, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
     """Save the adapter (or the full weights), the tokenizer and the probe prompts."""
-    messages = (m for _, m in tokenizing.read_messages(Path(job.inputs["train_rows"]), -1))
-    return saving_chat.save_trained(job, trainer, tokenizer, messages, outcome)
+    conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
+    return saving_chat.save_trained(job, trainer, tokenizer, conversations, outcome)
 
 
 def main(job: contract.Job) -> dict[str, object]:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 from methods import contract
@@ -101,8 +100,8 @@ def main(job: contract.Job) -> dict[str, object]:
     if last < job.parameters["max_steps"] and job.cancelled:
         raise contract.Cancelled
     tokenizer, _ = chat.load_tokenizer(str(job.output))
-    messages = (m for _, m in tokenizing.read_messages(Path(job.inputs["train_rows"]), -1))
-    probing.write_probes(job.output, tokenizer, list(islice(messages, probing.PROBE_ROWS)))
+    conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
+    probing.write_probes(job.output, tokenizer, conversations)
     return {"model": str(job.output), "adapter": True, "steps": last, "seconds": time.monotonic() - started}
 
 

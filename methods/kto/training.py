@@ -92,7 +92,7 @@ def build_trainer(
 
 def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
     """Save the adapter (or the full weights), the tokenizer and the probe prompts."""
-    conversations = (m for _, m in preference_rows.read_conversations(Path(job.inputs["train_rows"]), -1))
+    conversations = preference_rows.read_conversations(Path(job.inputs["train_rows"]), -1)
     return saving_chat.save_trained(job, trainer, tokenizer, conversations, outcome)
 
 

@@ -11,7 +11,6 @@ import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,8 @@ def save(job: contract.Job, reporter: Reporter, tokenizer: Any, outcome: dict[st
     adapters.save_for_peft(reporter.model, job.output, job.inputs["base_model"], job.parameters)
     tokenizer.save_pretrained(job.output)
     remote_code.carry(job.inputs["base_model"], job.output)
-    messages = (m for _, m in tokenizing.read_messages(Path(job.inputs["train_rows"]), -1))
-    probing.write_probes(job.output, tokenizer, list(islice(messages, probing.PROBE_ROWS)))
+    conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
+    probing.write_probes(job.output, tokenizer, conversations)
     return {"model": str(job.output), "adapter": True, **outcome}
 
 

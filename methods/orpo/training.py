@@ -78,7 +78,7 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
 
 def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
     """Save the adapter (or the full weights), the tokenizer and the probe prompts."""
-    conversations = (m for _, m in preference_rows.read_conversations(Path(job.inputs["train_rows"]), -1))
+    conversations = preference_rows.read_conversations(Path(job.inputs["train_rows"]), -1)
     return saving_chat.save_trained(job, trainer, tokenizer, conversations, outcome)
 
 

@@ -6,6 +6,7 @@ Run as: python deploying.py JOB_DIR
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import time
@@ -15,14 +16,13 @@ from typing import Any
 from transformers import set_seed
 
 from methods import contract
-from methods.toolkit import chat, generating, json_server, models
+from methods.toolkit import chat, generating, json_server, models, tool_answers
 
 LONGEST_ANSWER = 512
 """Tokens of an answer whose request names no limit."""
 
 _REFUSED = {
     "n": (None, 1),
-    "tools": (None, []),
     "functions": (None, []),
     "stop": (None, []),
     "logprobs": (None, False),
@@ -58,15 +58,36 @@ class ChatModel:
                 raise json_server.RequestRefused(f"{field} is not offered here", field)
         prompt, seed = self._prompt(body), _number(body, "seed", None, int, 0, 2**32 - 1)
         sampling = self._sampling(body, self._room(prompt))
+        if body.get("stream") and body.get("tools"):
+            raise json_server.RequestRefused("stream is not offered here with tools", "stream")
         if body.get("stream"):
             counted = bool((body.get("stream_options") or {}).get("include_usage"))
             return self._streamed(prompt, sampling, seed, counted)
         with self._alone:
             _start_at(seed)
             answer = generating.generate(self.model, self.tokenizer, [prompt], sampling)[0]
-        message = {"role": "assistant", "content": answer.said}
-        choice = {"index": 0, "message": message, "finish_reason": _reason(answer), "logprobs": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.said}
+        calls = self._calls(answer, prompt, body.get("tools"))
+        reason = "tool_calls" if calls else _reason(answer)
+        choice = {"index": 0, "message": message | calls, "finish_reason": reason, "logprobs": None}
         return {**self._head("chat.completion"), "choices": [choice], "usage": _usage(prompt, answer)}
+
+    def _calls(self, answer: generating.Answer, prompt: list[int], tools: Any) -> dict[str, Any]:
+        """The fields of a message that calls tools; none for one that calls none that can be read."""
+        if not tools:
+            return {}
+        parsed = tool_answers.read_calls(self.tokenizer, answer.marked, prompt, tools)
+        if not parsed.calls or parsed.broken:
+            return {}
+        calls = [
+            {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
+            }
+            for call in parsed.calls
+        ]
+        return {"content": parsed.content, "tool_calls": calls}
 
     def _streamed(
         self, prompt: list[int], sampling: generating.Sampling, seed: int | None, counted: bool
@@ -130,8 +151,11 @@ class ChatModel:
         if not isinstance(messages, list) or not messages:
             raise json_server.RequestRefused("messages is a list of at least one message", "messages")
         given = [_message(each) for each in messages]
+        tools = body.get("tools") or None
+        if tools is not None and not _are_tools(tools):
+            raise json_server.RequestRefused("tools is a list of functions, each with a name", "tools")
         try:
-            return chat.render_prompt(self.tokenizer, given)
+            return chat.render_prompt(self.tokenizer, given, tools)
         except Exception as error:  # templates raise errors of their own kinds for roles they do not know
             raise json_server.RequestRefused(
                 f"the chat template refuses these messages: {error}", "messages"
@@ -157,9 +181,32 @@ def _message(given: Any) -> chat.Message:
     content = given.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(content, str):
+    calls = given.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls):
         raise json_server.RequestRefused("the content of a message is text", "messages")
-    return {"role": given["role"], "content": content}
+    beside = {name: given[name] for name in ("tool_call_id", "name") if isinstance(given.get(name), str)}
+    if calls:
+        beside["tool_calls"] = [_call(each) for each in calls]
+    return {"role": given["role"], "content": content or "", **beside}
+
+
+def _call(given: Any) -> dict[str, Any]:
+    """A call of a message, with its arguments as an object: templates read them so."""
+    try:
+        function = given["function"]
+        arguments = json.loads(function["arguments"])
+        return {**given, "function": {**function, "arguments": arguments}}
+    except (LookupError, TypeError, ValueError) as error:
+        raise json_server.RequestRefused(
+            "a call has a function with a name and arguments as JSON text", "messages"
+        ) from error
+
+
+def _are_tools(tools: Any) -> bool:
+    return isinstance(tools, list) and all(
+        isinstance(tool, dict) and isinstance(tool.get("function"), dict) and "name" in tool["function"]
+        for tool in tools
+    )
 
 
 def _number(body: json_server.Body, field: str, default: Any, kind: type, least: float, most: float) -> Any:

@@ -11,7 +11,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +273,8 @@ def save(
     actor = trainer.accelerator.unwrap_model(trainer.model).policy
     generation.eos_token_id = chat.end_tokens(tokenizer)
     actor.generation_config = generation
-    rows = islice(tokenizing.read_messages(Path(job.inputs["train_rows"]), -1), probing.PROBE_ROWS)
-    probing.write_probes(job.output, tokenizer, [messages for _, messages in rows])
+    conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
+    probing.write_probes(job.output, tokenizer, conversations)
     models.save_trained(actor, job.output)
     chat.save_tokenizer(tokenizer, job.output)
     remote_code.carry(job.inputs["base_model"], job.output)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.toolkit import chat, documents, probing
+from methods.toolkit.tokenizing import Conversation
 
 _TOKENS = 48
 
@@ -17,7 +18,8 @@ def write_probes(folder: Path, tokenizer: Any, rows: Path) -> None:
     A deployed model is asked through its chat template, whatever it was trained on; a model without one has a plain one
     that adds a newline. Raises what the template raises.
     """
-    probing.write_probes(folder, tokenizer, [[*_asked(start), _ANSWER] for start in _starts(tokenizer, rows)])
+    talks = [Conversation(0, [*_asked(start), _ANSWER], None) for start in _starts(tokenizer, rows)]
+    probing.write_probes(folder, tokenizer, talks)
 
 
 def write_unrendered(folder: Path, tokenizer: Any, rows: Path) -> None:

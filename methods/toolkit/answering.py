@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from methods import contract
-from methods.toolkit import hardware
+from methods.toolkit import hardware, tool_answers, tool_parsing
 from methods.toolkit.chat import RenderError, render_prompt
 from methods.toolkit.generating import Answer, Sampling, batch_by_memory, generate, record
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
@@ -23,15 +23,17 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of an answer with a thought has
     `thought` and `said` (both together, as a server returns it), that of a request with a `reference` has
-    `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds, the tokens of the answers per
-    second, how many were made at a time, and in `generation` the settings that they were made with. Raises Refused for
-    a request that the chat template refuses.
+    `reference_logprob` and `reference_tokens` as well; a `reference` is a text, or a message with calls. That of a
+    request with `tools` has `tool_calls` (name and arguments of each), `broken_calls` (how many are unreadable) and
+    `content` (what is said beside them). Returns the path, counts, seconds, the tokens of the answers per second, how
+    many were made at a time, and in `generation` the settings that they were made with. Raises Refused for a request
+    that the chat template refuses.
     """
     requests = read_requests(job)
     prompts = [_prompt(tokenizer, number, request) for number, request in enumerate(requests, start=1)]
     torch.manual_seed(job.seed)
     expected = {
-        index: [*request["messages"], {"role": "assistant", "content": request["reference"]}]
+        index: [*request["messages"], _reference(request["reference"])]
         for index, request in enumerate(requests)
         if "reference" in request
     }
@@ -48,10 +50,25 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
     )
     seconds = time.monotonic() - started
     found = answer_likelihoods(
-        model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
+        model,
+        tokenizer,
+        list(expected.values()),
+        [requests[index].get("tools") for index in expected],
+        on_progress=lambda done: on_progress(len(prompts) + done),
     )
-    result = write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)), seconds)
+    likelihoods = dict(zip(expected, found, strict=True))
+    called = {
+        index: tool_answers.read_calls(tokenizer, answer.marked, prompts[index], requests[index]["tools"])
+        for index, answer in enumerate(answers)
+        if requests[index].get("tools")
+    }
+    result = write_predictions(job, prompts, answers, started, likelihoods, called, answered_seconds=seconds)
     return {**result, "batch_size": batch_size, "generation": record(model, sampling_of(job))}
+
+
+def _reference(reference: str | dict[str, Any]) -> dict[str, Any]:
+    """The wanted answer as a message."""
+    return {"role": "assistant", "content": reference} if isinstance(reference, str) else reference
 
 
 def _batch_size(job: contract.Job, model: Any, prompts: list[list[int]]) -> int:
@@ -105,9 +122,11 @@ def write_predictions(
     answers: list[Answer],
     started: float,
     likelihoods: Mapping[int, Likelihood],
+    called: Mapping[int, tool_parsing.Parsed] | None = None,
+    *,
     answered_seconds: float | None = None,
 ) -> dict[str, object]:
-    """Write the answers as `answer_requests` says, with the likelihoods of some references, by their position.
+    """Write the answers as `answer_requests` says, with the likelihoods and calls of some, by their position.
 
     `started` is a reading of `time.monotonic`; `answered_seconds` were spent on the answers alone, if that is known.
     Returns what the stage returns.
@@ -123,6 +142,9 @@ def write_predictions(
             }
             if answer.whole is not None:
                 row |= {"thought": answer.thought, "said": answer.whole}
+            if called and index in called:
+                row |= {"tool_calls": called[index].calls, "broken_calls": called[index].broken}
+                row["content"] = called[index].content
             if index in likelihoods:
                 row |= {"reference_logprob": likelihoods[index].logprob, "reference_tokens": likelihoods[index].tokens}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

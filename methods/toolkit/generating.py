@@ -51,7 +51,8 @@ class Answer:
     """One answer: its text, its length in tokens, and whether the length limit cut it off.
 
     `thought` is what the model has written before the answer for itself, None for nothing; `whole` is all that it has
-    written, as a server returns it (None: the same as `text`).
+    written, as a server returns it (None: the same as `text`). `marked` is the answer with its special tokens, which
+    may mark tool calls.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Answer:
     hit_limit: bool
     thought: str | None = None
     whole: str | None = None
+    marked: str = ""
 
     @property
     def said(self) -> str:
@@ -314,9 +316,11 @@ def as_answer(tokenizer: Any, ids: list[int], ends: list[int], limit: int, *, op
     marked = tokenizer.decode(ids[:length], skip_special_tokens=False)
     thought, answer = thoughts.split_answer(marked, opened=opened)
     if answer == marked:
-        return Answer(whole, length, hit_limit=length == limit)
+        return Answer(whole, length, hit_limit=length == limit, marked=marked)
     text = without_special(tokenizer, answer).strip()
-    return Answer(text, length, length == limit, thought and without_special(tokenizer, thought), whole)
+    # In channels (gpt-oss) a call stands in one of its own, before any answer.
+    calling = marked if "<|channel|>" in marked else answer
+    return Answer(text, length, length == limit, thought and without_special(tokenizer, thought), whole, calling)
 
 
 def without_special(tokenizer: Any, text: str) -> str:

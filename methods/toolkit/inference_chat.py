@@ -38,13 +38,14 @@ def _measure_pairs(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, o
     """
     pairs = list(preference_rows.read_pairs(Path(job.inputs["evaluation_rows"]), -1))
     conversations = [[*pair.prompt, *side] for pair in pairs for side in (pair.chosen, pair.rejected)]
+    tools = [pair.tools for pair in pairs for _ in range(2)]
 
     def on_progress(done: int) -> None:
         job.progress(done, len(conversations))
         if job.cancelled:
             raise contract.Cancelled
 
-    found = likelihood.answer_likelihoods(model, tokenizer, conversations, on_progress=on_progress)
+    found = likelihood.answer_likelihoods(model, tokenizer, conversations, tools, on_progress=on_progress)
     margins = [better.logprob - worse.logprob for better, worse in zip(found[::2], found[1::2], strict=True)]
     figures = {
         "preference_accuracy": sum(margin > 0 for margin in margins) / len(margins),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from methods.toolkit.chat import Message, render_conversation
+from methods.toolkit.chat import Message, Tools, render_conversation
 
 _LOGITS = 64_000_000  # of one forward pass, one for each token and entry of the vocabulary: 256 MB
 
@@ -30,11 +30,18 @@ def answer_likelihoods(
     model: Any,
     tokenizer: Any,
     conversations: Sequence[list[Message]],
+    tools: Sequence[Tools] | None = None,
     *,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Likelihood]:
-    """The likelihood of the last message of each conversation after the ones before it, as training renders them."""
-    rendered = [render_conversation(tokenizer, messages, len(messages) - 1) for messages in conversations]
+    """The likelihood of the last message of each conversation after the ones before it, as training renders them.
+
+    `tools`: those of each conversation.
+    """
+    rendered = [
+        render_conversation(tokenizer, messages, len(messages) - 1, each)
+        for messages, each in zip(conversations, tools or [None] * len(conversations), strict=True)
+    ]
     spans = [Span(each.input_ids, each.prompt_length) for each in rendered]
     return span_likelihoods(model, tokenizer, spans, on_progress=on_progress)
 

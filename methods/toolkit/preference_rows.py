@@ -19,7 +19,7 @@ from methods.toolkit.chat import (
     render_conversation,
     render_prompt,
 )
-from methods.toolkit.tokenizing import Limits, RowReport, excess_of, note, read_rows, shorten_question
+from methods.toolkit.tokenizing import Conversation, Limits, RowReport, excess_of, note, read_rows, shorten_question
 
 Ranking = Literal["best", "all"]
 """Which pairs a ranked row gives: the best answer with each worse one, or each answer with each worse one."""
@@ -68,11 +68,11 @@ def read_pairs(path: Path, limit: int, ranking: Ranking = "best") -> Iterator[Pa
         yield from _pairs(row, ranking)
 
 
-def read_conversations(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:
-    """Yield (line in the source file, the conversation with its best answer) of at most `limit` rows, -1 for all."""
+def read_conversations(path: Path, limit: int) -> Iterator[Conversation]:
+    """Yield the conversations with their best answers of at most `limit` rows, -1 for all."""
     for row in read_rows(path, limit):
         best = _pairs(row, "best")[0]
-        yield best.line, [*best.prompt, *best.chosen]
+        yield Conversation(best.line, [*best.prompt, *best.chosen], best.tools)
 
 
 def pair_tokeniser(

@@ -1,8 +1,8 @@
 """Program: the prompt tokens that a served folder's chat template makes of chat messages.
 
-`PYTHON render_prompts.py MODEL_FOLDER MESSAGES_JSON OUTPUT_JSON`. MESSAGES_JSON holds a list of
-conversations, OUTPUT_JSON gets a list of token id lists in the same order (a file, because libraries print to
-standard output).
+`PYTHON render_prompts.py MODEL_FOLDER MESSAGES_JSON OUTPUT_JSON`. MESSAGES_JSON holds a list of pairs, the messages
+of a conversation and its tools (null without), OUTPUT_JSON gets a list of token id lists in the same order (a file,
+because libraries print to standard output).
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ def main() -> None:
     processor = loader.from_pretrained(folder, **remote_code.loading(folder))
     rendered = [
         processor.apply_chat_template(
-            [_as_served(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=True
+            [_as_served(message) for message in messages],
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )["input_ids"]
-        for messages in conversations
+        for messages, tools in conversations
     ]
     Path(output).write_text(json.dumps([_flat(ids) for ids in rendered]), encoding="utf-8")
 
 
 def _as_served(message: dict[str, Any]) -> dict[str, Any]:
     """A message with its images where the server puts them: OpenAI's interface calls them otherwise."""
-    if isinstance(message["content"], str):
+    if isinstance(message.get("content") or "", str):
         return message
     parts = [
         {"type": "image", "url": part["image_url"]["url"]} if part["type"] == "image_url" else part

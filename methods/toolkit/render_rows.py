@@ -36,9 +36,11 @@ def renderings(tokenizer: Any, kind: str, row: dict[str, Any]) -> Iterator[dict[
             label = f"answer {number}" if len(found) > 1 else ""
             yield {"label": label, **_shown(tokenizer, talk.render(), 0)}
     elif kind in ("preference", "ranking"):
-        start = len(render_prompt(tokenizer, row["prompt"]))
+        tools = row.get("tools")
+        start = len(render_prompt(tokenizer, row["prompt"], tools))
         for label, better, answer in _answers(kind, row):
-            yield {"label": label, **_rendered(tokenizer, [*row["prompt"], *answer], start if better else None)}
+            said = render_conversation(tokenizer, [*row["prompt"], *answer], len(row["prompt"]), tools)
+            yield {"label": label, **_shown(tokenizer, said, start if better else None)}
     elif kind == "text":
         ids = document_ids(tokenizer, row["text"])
         yield {"label": "", "tokens": len(ids), "trained": len(ids), "parts": [(tokenizer.decode(ids), True)]}
@@ -58,11 +60,6 @@ def _answers(kind: str, row: dict[str, Any]) -> list[tuple[str, bool, list[dict[
     scored = zip(row["answers"], row["scores"], strict=True)
     best = max(row["scores"])
     return [(f"score {score:g}", score == best, [{"role": "assistant", "content": answer}]) for answer, score in scored]
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], start: int | None) -> dict[str, Any]:
-    """A conversation whose last answer is trained from the token `start` on; None: it is not."""
-    return _shown(tokenizer, render_conversation(tokenizer, messages, len(messages) - 1), start)
 
 
 def _shown(tokenizer: Any, found: Rendered, start: int | None) -> dict[str, Any]:

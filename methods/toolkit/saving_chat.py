@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ from peft import PeftModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing, processes, remote_code
+from methods.toolkit import chat, merging, models, probing, processes, remote_code, tokenizing
 
 
 def save_trained(
     job: contract.Job,
     trainer: Any,
     tokenizer: Any,
-    conversations: Iterable[list[chat.Message]],
+    conversations: Iterable[tokenizing.Conversation],
     outcome: dict[str, float],
 ) -> dict[str, object]:
     """Save the adapter (or the full weights), the tokenizer and the prompts of the first conversations as probes.
@@ -27,7 +26,7 @@ def save_trained(
     Returns the result of a training stage.
     """
     if job.is_main:
-        probing.write_probes(job.output, tokenizer, list(islice(conversations, probing.PROBE_ROWS)))
+        probing.write_probes(job.output, tokenizer, conversations)
     return save_model(job, trainer, tokenizer, outcome)
 
 

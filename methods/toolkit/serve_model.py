@@ -80,10 +80,33 @@ def keep_to_own_code(model: str) -> None:
     ModelManager.load_model_and_processor = load_own
 
 
+def keep_what_templates_show() -> None:
+    """Have the library pass on the text of a message that also calls tools, and the name of a tool's result.
+
+    It leaves both out (transformers 5.23), so that templates would render other prompts than in training.
+    """
+    from transformers.cli.serving.utils import BaseHandler
+
+    read = BaseHandler.get_processor_inputs_from_messages
+
+    def read_whole(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = read(messages, modality)
+        for given, message in zip(messages, found, strict=True):
+            is_text = isinstance(given.get("content"), str) and isinstance(message["content"], str)
+            if given.get("tool_calls") and is_text:
+                message["content"] = given["content"]
+            if given["role"] == "tool" and "name" in given:
+                message["name"] = given["name"]
+        return found
+
+    BaseHandler.get_processor_inputs_from_messages = staticmethod(read_whole)
+
+
 def main() -> None:
     """Start the server named on the command line."""
     record, *arguments = sys.argv[1:]
     end_with_starter(Path(record))
+    keep_what_templates_show()
     from transformers.cli.transformers import app
 
     if "--trust-remote-code" in arguments:

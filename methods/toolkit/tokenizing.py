@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from methods.contract import Refused
 from methods.toolkit.chat import (
@@ -112,6 +112,19 @@ def read_rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
             if number == limit:
                 return
             yield json.loads(line)
+
+
+class Conversation(NamedTuple):
+    """A stored conversation: its line in the source file, its messages, and the tools that it may call."""
+
+    line: int
+    messages: list[Message]
+    tools: Tools = None
+
+
+def read_conversations(path: Path, limit: int) -> Iterator[Conversation]:
+    """Yield the conversations of a stored dataset; of at most `limit` rows, -1 for all."""
+    return (Conversation(row["line"], row["messages"], row.get("tools")) for row in read_rows(path, limit))
 
 
 def read_messages(path: Path, limit: int) -> Iterator[tuple[int, list[Message]]]:

@@ -14,6 +14,7 @@ from methods.toolkit import images, probing
 from methods.toolkit.answering import progress_of, read_requests, sampling_of, write_predictions
 from methods.toolkit.generating import Answer, Sampling, as_answer, end_tokens, generation_config, record
 from methods.toolkit.likelihood import Likelihood
+from methods.toolkit.tokenizing import Conversation
 from methods.toolkit.vision_rows import Renderer, read_rows
 
 _PROBE_PIXELS = 256 * 256
@@ -110,7 +111,7 @@ class SampleWriter(probing.SampleWriter):
     def __init__(self, job: contract.Job, renderer: Renderer) -> None:
         self.job, self.renderer = job, renderer
         rows = list(read_rows(Path(job.inputs["validation_rows"]), job.parameters["num_generations"]))
-        self.messages = [row["messages"] for row in rows]
+        self.conversations = [Conversation(row["line"], row["messages"]) for row in rows]
         self.talks = [images.conversation(row["messages"], row["images"])[:-1] for row in rows]
 
     def answer(self, model: Any, sampling: Sampling) -> list[Answer]:

@@ -18,6 +18,7 @@ from methods.toolkit import chat, generating, json_server, models
 from tasks import endpoints
 from tests.methods.test_peft_training import RATES
 from tests.methods.training_bench import Bench
+from tests.tool_models import HERMES, TOOL
 
 QUESTION = [{"role": "user", "content": "switch the light in the hall on"}]
 
@@ -118,7 +119,10 @@ def test_the_newer_name_of_the_limit_counts_and_parts_of_text_are_joined(served:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "is text"),
         ({"messages": [{"role": "user", "content": "on " * 600}]}, "messages", "512 positions"),
         ({"n": 2}, "n", "not offered"),
-        ({"tools": [{"type": "function"}]}, "tools", "not offered"),
+        ({"tools": [{"type": "function"}]}, "tools", "each with a name"),
+        ({"tools": [TOOL]}, "messages", "shows no tools"),
+        ({"tools": [TOOL], "stream": True}, "stream", "not offered here with tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "arguments as JSON text"),
         ({"stop": ["."]}, "stop", "not offered"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not offered"),
         ({"max_tokens": 0}, "max_tokens", "int from 1"),
@@ -134,6 +138,33 @@ def test_what_it_cannot_do_is_refused_with_the_field(
     with pytest.raises(json_server.RequestRefused, match=said) as refused:
         ask(served, **fields)
     assert refused.value.field == field
+
+
+def test_a_call_is_given_as_openai_has_it(served: deploying.ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    said = 'Well. <tool_call>\n{"name": "weather", "arguments": {"city": "Lima"}}\n</tool_call>'
+
+    def generate(_model: Any, _tokenizer: Any, prompts: list[list[int]], _: Any) -> list[generating.Answer]:
+        asked.extend(prompts)
+        return [generating.Answer(said, 9, hit_limit=False, marked=said)]
+
+    monkeypatch.setattr(generating, "generate", generate)
+    served.tokenizer.chat_template = HERMES
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    talk = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "sunny"},
+    ]
+    choice = ask(served, messages=talk, tools=[TOOL])["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Well."
+    [made] = choice["message"]["tool_calls"]
+    assert made["function"] == {"name": "weather", "arguments": '{"city": "Lima"}'}
+    prompt = served.tokenizer.decode(asked[0])
+    assert "<tools>" in prompt
+    assert '{"name": "weather", "arguments": {"city": "Oslo"}}' in prompt
+    assert ask(served, messages=talk)["choices"][0]["message"]["content"] == said  # nobody offered tools
 
 
 def test_an_answer_ends_where_the_positions_of_the_model_do(served: deploying.ChatModel) -> None:

@@ -54,9 +54,9 @@ def test_a_ranking_gives_its_best_answer_with_each_worse_one_or_every_pair(ranki
 
 
 def test_the_conversation_of_a_row_is_the_one_with_the_best_answer(rankings: Path, pairs: Path) -> None:
-    _, messages = next(iter(preference_rows.read_conversations(rankings, -1)))
+    messages = next(iter(preference_rows.read_conversations(rankings, -1))).messages
     assert messages == [*asked("switch the light in the kitchen on"), *said("kitchen on")]
-    lines = [line for line, _ in preference_rows.read_conversations(pairs, 3)]
+    lines = [talk.line for talk in preference_rows.read_conversations(pairs, 3)]
     assert lines == [1, 2, 3]
 
 

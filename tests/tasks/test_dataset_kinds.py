@@ -51,7 +51,8 @@ def said(content: str) -> dict[str, str]:
 
 SYSTEM = {"role": "system", "content": "简短"}
 CALL = {"type": "function", "id": "c1", "function": {"name": "weather", "arguments": {"city": "上海"}}}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": NO_PARAMETERS}}
 
 # shape: rows of a file, and what the first is stored as
 SHAPES: dict[str, tuple[list[object], dict[str, Any]]] = {
@@ -103,7 +104,7 @@ SHAPES: dict[str, tuple[list[object], dict[str, Any]]] = {
             "messages": [
                 user("天气?"),
                 {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                {"role": "tool", "content": "晴", "tool_call_id": "c1"},
+                {"role": "tool", "content": "晴", "tool_call_id": "c1", "name": "weather"},
                 said("晴天"),
             ],
             "tools": [TOOL],
@@ -130,13 +131,17 @@ SHAPES: dict[str, tuple[list[object], dict[str, Any]]] = {
                     "role": "assistant",
                     "content": "",
                     "tool_calls": [
-                        {"type": "function", "function": {"name": "weather", "arguments": {"city": "上海"}}},
+                        {
+                            "id": "call00001",
+                            "type": "function",
+                            "function": {"name": "weather", "arguments": {"city": "上海"}},
+                        },
                     ],
                 },
-                {"role": "tool", "content": "晴"},
+                {"role": "tool", "content": "晴", "tool_call_id": "call00001", "name": "weather"},
                 said("晴天"),
             ],
-            "tools": [{"name": "weather"}],
+            "tools": [TOOL],
         },
     ),
     "preference": (

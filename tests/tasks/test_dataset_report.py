@@ -165,7 +165,7 @@ def test_only_the_better_answer_is_marked_as_trained(tmp_path: Path, base: tuple
 def test_tools_are_part_of_the_prompt(tmp_path: Path, base: tuple[str, Path]) -> None:
     folder = make_tiny_chat_model(tmp_path / "tools", seed=1)
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text("{{ tools[0].name }}\n" + template, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text("{{ tools[0].function.name }}\n" + template, encoding="utf-8")
     row = {
         "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
         "tools": [{"name": "weather"}],

@@ -237,9 +237,9 @@ CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content
         (
             {"messages": CONVERSATION},
             {"messages": [CONVERSATION[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "tool_calls",
+            "wrong_type",
             "messages[1].tool_calls",
-            "calls a tool",
+            "a call with a name and its arguments",
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
