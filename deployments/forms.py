@@ -125,6 +125,12 @@ class CompleteFromModel(BaseModel):
     model: Text = Field(
         title="Customized model", description="Name of a customized model, LINE@ALIAS, or the train that made it."
     )
+    checkpoint: Text | None = Field(
+        default=None,
+        title="Checkpoint",
+        description="Step of a checkpoint of the train, `best` or `last`: the model is made of it. Empty: of what the "
+        "train has left.",
+    )
 
 
 class DeployedFromModel(ServedAt):
@@ -391,7 +397,7 @@ def _hyperparameter_form(method: Method, through: Through) -> Schema:
     fields = form["properties"]
     for name in fields:
         if name in common.choices:
-            fields[name]["enum"] = list(common.choices[name])
+            fields[name]["enum"] = [choice for choice in common.choices[name] if choice is not None]
         default = method.hyperparameter_default(name)
         if default is not None:
             fields[name]["default"] = default

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from configs.resolve import ResolvedTrain
     from tasks.comparing import Comparison
     from tasks.reproducing import Reproduction
+    from tasks.train_checkpoints import TrainCheckpoint
 
 _SHOWN_SAMPLES = 3
 LEAST_FREE = 64 * 2**20  # two fresh databases, with room for the records of some trains
@@ -224,6 +225,8 @@ def show_outcome(record: TrainRecord) -> None:
             "run": record.run_id,
         }
     )
+    if record.stopped:
+        print(record.stopped)
     if "tuned" in record.evaluation:
         print()
         print_evaluation(record.evaluation.get("base"), record.evaluation["tuned"])
@@ -292,14 +295,41 @@ def show(train: Train, json_: Json = False) -> None:
     if status != "running":
         sync_curves(record)
     if json_:
-        print_json({**record.model_dump(mode="json"), "status": status})
+        print_json({**record.model_dump(mode="json"), "status": status, "checkpoints": _checkpoints(record)})
         return
     show_configuration(ResolvedTrain(config=record.config, origins=record.origins))
     show_outcome(record.model_copy(update={"status": status}))
+    _show_checkpoints(record)
     if status == "running" and record.waiting:
         print(record.waiting)
     if record.reason:
         print(f"reason: {record.reason}")
+
+
+def _checkpoints(record: TrainRecord) -> list[dict[str, Any]]:
+    from tasks.train_checkpoints import train_checkpoints
+
+    return [each.model_dump(mode="json") for each in train_checkpoints(record)]
+
+
+def _show_checkpoints(record: TrainRecord) -> None:
+    from tasks.train_checkpoints import train_checkpoints
+
+    kept = train_checkpoints(record)
+    if not kept:
+        return
+    names = list(dict.fromkeys(name for each in kept for name in each.figures))
+    rows = [
+        (each.step, *(each.figures.get(name) for name in names), f"{each.size / 2**20:.1f} MiB", _mark(each, kept[-1]))
+        for each in kept
+    ]
+    print()
+    print_table(("Step", *names, "Size", ""), rows, "", title="Checkpoints")
+    print(f"`tuneline save {record.id} --checkpoint STEP` makes a model of one")
+
+
+def _mark(each: TrainCheckpoint, last: TrainCheckpoint) -> str:
+    return ", ".join(name for name, holds in (("best", each.best), ("last", each is last)) if holds)
 
 
 @app.command()

@@ -174,9 +174,11 @@ def mark_complete(checkpoint: Path) -> None:
         os.fsync(file.fileno())
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Remove all whole checkpoints below `checkpoints` but the newest `count`."""
+def keep_newest(checkpoints: Path, count: int, best: int | None = None) -> None:
+    """Remove all whole checkpoints below `checkpoints` but the newest `count` and that of the step `best`."""
     for old in complete_checkpoints(checkpoints)[:-count]:
+        if old.name == f"checkpoint-{best}":
+            continue
         # The mark goes first: a kill in between leaves a folder that nobody resumes from.
         (old / COMPLETE_MARK).unlink()
         shutil.rmtree(old)

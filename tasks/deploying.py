@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from configs.endpoints import Endpoint, Probe, Quantization, RequestProbe, Target
+from configs.endpoints import APPLIED_SETTINGS, Endpoint, Probe, Quantization, RequestProbe, Target
 from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
@@ -64,7 +64,7 @@ def deploy_model(
         # Before the switch: a registry that does not answer must not be left behind what is deployed.
         model = models.register_model(model)
     on_events([phase_event("asking the model for its own answers")])
-    probes = collect_probes(model, on_events)
+    probes = collect_probes(model, chosen, on_events)
     on_events([phase_event("starting the server and comparing its prompts and answers")])
     served = endpoints.deploy(
         endpoint or endpoint_name(model.line),
@@ -114,10 +114,11 @@ def endpoint_name(line: str) -> str:
 
 
 def collect_probes(
-    model: ModelRecord, on_events: Callable[[list[dict[str, Any]]], None]
+    model: ModelRecord, target: Target, on_events: Callable[[list[dict[str, Any]]], None]
 ) -> list[Probe] | list[RequestProbe]:
     """Prompts with the token ids of training and the model's own greedy answers; requests if it does not chat.
 
+    The answers are made with the settings of the model's generation_config that the target applies at temperature 0.
     A base model was not trained here: its probes are general ones, answered by its own inference stage.
     """
     file = model.path / _PROBES_FILE
@@ -129,7 +130,7 @@ def collect_probes(
         return _request_probes(model, requests, on_events)
     conversations = [probe["messages"] for probe in stored] or _UNTRAINED_PROBES
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
-    generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1)
+    generation = Generation(max_new_tokens=PROBE_TOKENS, batch_size=1, model_settings=APPLIED_SETTINGS[target])
     answers = answer_prompts(model, conversations, generation, on_events)
     probes = [
         Probe(

@@ -44,6 +44,11 @@ class Evaluation(BaseModel):
     row_scores: list[RowScores] = Field(
         default_factory=list, description="Of each answer, in the same order; `row` counts the dataset's rows."
     )
+    generation: dict[str, Any] = Field(
+        default_factory=dict,
+        description="How answers were made: `settings`, and in `not_used` those of the model's generation_config "
+        "that did not count. Of an endpoint: what it was asked.",
+    )
     run_id: str | None = Field(default=None, description="MLflow run, if it was recorded in one of its own.")
     failed: dict[int, str] = Field(
         default_factory=dict, description="Rows (from 1) that got no answer, and why; they are in no score."
@@ -77,9 +82,10 @@ def evaluate(
     if perplexity:
         for row, request in zip(rows, requests, strict=True):
             request["reference"] = text_of(row["messages"][-1])
-    predictions, speed = measured_requests(model, requests, generation, on_events)
+    predictions, how = measured_requests(model, requests, generation, on_events)
     answers = [Answer.model_validate(each) for each in predictions]
-    return score_answers(model.name, version, rows, answers, options).model_copy(update={"speed": speed})
+    found = score_answers(model.name, version, rows, answers, options)
+    return found.model_copy(update={"speed": how, "generation": how.generation if how is not None else {}})
 
 
 def _request(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -223,7 +229,9 @@ def evaluate_and_record(
     """Score a model in an MLflow run of its own: scores, predictions, the dataset, the model's name."""
     outcome = evaluate(model, version, generation, samples, on_events, options, perplexity=perplexity)
     named = {"tuneline.model": model.name, **(tags or {})}
-    with recording(model.name, version, named, {"model": model.name, **generation.model_dump()}) as run_id:
+    asked = generation.model_dump(exclude={"model_settings"})
+    parameters = {"model": model.name, **asked, **outcome.generation.get("settings", {})}
+    with recording(model.name, version, named, parameters) as run_id:
         keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base", logged_model_id(model))
     return outcome.model_copy(update={"run_id": run_id})
 
@@ -268,7 +276,9 @@ def evaluate_endpoint(
     rows = read_rows(version.path, samples)
     asked = [asked_of_endpoint(row, version.path.parent) for row in rows]
     answers = ask_endpoint(endpoint, asked, generation, on_events)
+    asked_for = {"max_new_tokens": generation.max_new_tokens, "temperature": generation.temperature}
     outcome = score_answers(deployment.model, version, rows, answers, options)
+    outcome = outcome.model_copy(update={"generation": {"settings": asked_for}})
     named = {
         "tuneline.model": model.name,
         "tuneline.deployed_model": deployment.model,
@@ -280,8 +290,7 @@ def evaluate_endpoint(
         "model": deployment.model,
         "target": deployment.target,
         "quantization": deployment.quantization or "none",
-        "max_new_tokens": generation.max_new_tokens,
-        "temperature": generation.temperature,
+        **asked_for,
     }
     with recording(deployment.model, version, named, parameters) as run_id:
         keep_evaluation(run_id, outcome, "deployed")
@@ -289,12 +298,17 @@ def evaluate_endpoint(
 
 
 def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str | None = None) -> None:
-    """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table."""
+    """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table.
+
+    How answers were made is in the file of the scores and in a tag.
+    """
     figures = {f"{name}_{which}": value for name, value in outcome.figures.items()}
     tracking.log_scores(run_id, figures, model_id)
     if outcome.speed is not None:
         tracking.log_scores(run_id, {f"tokens_per_second_{which}": outcome.speed.tokens_per_second})
     client = tracking.mlflow_client()
+    if outcome.generation:
+        client.set_tag(run_id, f"tuneline.generation_{which}", json.dumps(outcome.generation, sort_keys=True)[:5000])
     scores = outcome.model_dump(mode="json", exclude={"predictions", "row_scores"})
     client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")
     rows = outcome.predictions

@@ -21,6 +21,7 @@ from configs.settings import load_settings
 from configs.train import TemplateVariables, ThinkingMode
 from methods.registry import StageName, find_method
 from tasks.gpus import borrowing_slot
+from tasks.remote_code import allowed_digests
 from tasks.stages import StageJob, run_stage
 
 Message = dict[str, Any]
@@ -37,6 +38,9 @@ class Generation(BaseModel):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=50, ge=0)
     batch_size: int | Literal["auto"] = Field(default="auto", description="Rows at a time; auto: by the free memory.")
+    model_settings: tuple[str, ...] = Field(
+        default=(), description="Settings that the model's own generation_config decides, as at a server; else none."
+    )
     seed: int = Field(default=42, ge=0)
     thinking: ThinkingMode = Field(default="auto", description="Whether answers have a thought; auto: as the template.")
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
@@ -52,13 +56,14 @@ class Generation(BaseModel):
 
 
 class Speed(BaseModel):
-    """How fast an inference stage answered, by its own word."""
+    """How an inference stage answered, and how fast, by its own word."""
 
     tokens: int
     seconds: float = Field(description="Of the whole stage after its model was loaded.")
     tokens_per_second: float = Field(description="Tokens of the answers in a second of making them.")
     batch_size: int | None = Field(default=None, description="Rows at a time.")
     dtype: str | None = Field(default=None, description="Number type that the model was loaded in.")
+    generation: dict[str, Any] = Field(default_factory=dict, description="Settings that answers were made with.")
 
     def in_words(self) -> str:
         """One line for the terminal."""
@@ -98,10 +103,7 @@ def answer_requests(
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
     keep: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """What the model's inference stage makes of requests of its kind, in order.
-
-    Pictures that it makes are moved to the folder `keep`. Raises UserError, StageFailed, StageCancelled.
-    """
+    """What the model's inference stage makes of requests of its kind, in order; see `measured_requests`."""
     return measured_requests(model, requests, generation, on_events, keep)[0]
 
 
@@ -112,7 +114,11 @@ def measured_requests(
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
     keep: Path | None = None,
 ) -> tuple[list[dict[str, Any]], Speed | None]:
-    """The same with the speed; None for a stage that tells none."""
+    """What the model's inference stage makes of requests, in order, and how it says that it has made them.
+
+    The latter is None for a stage that does not say. Pictures that it makes are moved to the folder `keep`. Raises
+    UserError, StageFailed, StageCancelled.
+    """
     with _work_folder() as work:
         file = work / "requests.jsonl"
         lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
@@ -173,7 +179,12 @@ def _run(
     job = StageJob(
         stage=stage,
         parameters={**generation.parameters(), "dtype": model.dtype},
-        inputs={**inputs, **_weights(model), "date": _date(generation)},
+        inputs={
+            **inputs,
+            **_weights(model),
+            "date": _date(generation),
+            "remote_code": allowed_digests([model.base_path, model.path]),
+        },
         output=work / "output",
         seed=generation.seed,
     )

@@ -136,6 +136,7 @@ def _lineage(record: ModelRecord) -> dict[str, str]:
         "parent": record.parent,
         "train": record.train,
         "dataset": record.dataset,
+        "step": None if record.step is None else str(record.step),
         "uri": record.path.as_uri(),
         "code_version": code_version(),
     }
@@ -199,10 +200,10 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
     folder = Path(reference).expanduser().absolute()
     of_train = [record for record in models.values() if record.train == reference or record.path == folder]
     if of_train:
-        return of_train[-1]
+        return _newest(of_train)
     of_line = [record for record in models.values() if record.line == reference and record.stage != "base"]
     if of_line:
-        return of_line[-1]
+        return _newest(of_line)
     if _is_base(reference, settings):
         return base_record(reference, settings)
     known = [*models, *load_base_models(settings)]
@@ -214,6 +215,11 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
         expected="the name of a model, LINE@ALIAS, a train, a base model, a folder or a hub id",
         mend=f"did you mean {' or '.join(near)}?" if near else "`tuneline models list` shows them",
     )
+
+
+def _newest(found: list[ModelRecord]) -> ModelRecord:
+    """The newest model of a train or line; one that was made of a checkpoint by itself only where there is no other."""
+    return next((each for each in reversed(found) if not each.from_checkpoint), found[-1])
 
 
 def own_base(reference: str, settings: Settings) -> ModelRecord | None:

@@ -60,6 +60,7 @@ class StageProgress:
         self._first: tuple[float, float] | None = None
         self._last: tuple[float, float] = (0.0, 0.0)
         self._artifact_due = self._log_due = 0.0
+        self._told_step = False
         self._lock = threading.Lock()
 
     def follow(self, events: list[dict[str, Any]]) -> None:
@@ -116,7 +117,8 @@ class StageProgress:
     def _print(self, text: str) -> None:
         if self.line is not None:
             self._shown = time.monotonic()
-            self.line.console.print(f"  {self.title}: {text}", markup=False, highlight=False)
+            # A line that is piped is not wrapped at a guessed width.
+            self.line.console.print(f"  {self.title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def wait(self, text: str) -> None:
         """Say what is waited for before a stage can run."""
@@ -181,8 +183,10 @@ class StageProgress:
         if self.total and now >= self._log_due:
             self._log_due = now + LOG_SECONDS
             self.logger.info("%s: %s", self.title, self.note())
-            if self.line is not None and not self.line.live:
-                self._print(self.note())
+        still = now - self._shown >= STILL_SECONDS or not self._told_step
+        if self.total and self.line is not None and not self.line.live and still:
+            self._told_step = True
+            self._print(self.note())
         if self.total and self.artifact is not None and now >= self._artifact_due:
             self._artifact_due = now + ARTIFACT_SECONDS
             self.artifact.update(100 * (self.step + self.part) / self.total, self.note())

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
 from methods import contract, supervisor
+from methods.toolkit import remote_code
 from tasks import cancelling
 from tasks.files import last_lines
 from tasks.gpus import slot_descriptors, stage_variables
@@ -129,7 +130,8 @@ def run_stage(
         prepare_folder(folder, job)
         tail = EventTail(folder / contract.EVENTS_FILE)
         tail.read()  # those of earlier attempts were told then
-        with _lifeline(folder, [str(python), *launcher, str(file), str(folder)], grace_seconds, lock) as process:
+        command = [str(python), *launcher, str(file), str(folder)]
+        with _lifeline(folder, command, grace_seconds, lock, code_of_job(folder, job)) as process:
             try:
                 while process.poll() is None:
                     time.sleep(_POLL_SECONDS)
@@ -224,6 +226,7 @@ def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         if name in _GIVEN_TO_STAGES or not name.startswith(_KEPT_FROM_STAGES)
     }
     return kept | {
+        **remote_code.variables([], Path()),  # a consent in our own environment counts for nothing
         "PYTHONPATH": str(PROJECT_ROOT),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -231,8 +234,15 @@ def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
+def code_of_job(folder: Path, job: StageJob) -> dict[str, str]:
+    """Environment by which the stage runs the code of models that its inputs allow (`remote_code`), and no other."""
+    return remote_code.variables(job.inputs.get("remote_code", []), folder / "modules")
+
+
 @contextlib.contextmanager
-def _lifeline(folder: Path, stage: Sequence[str], grace: float, lock: int) -> Iterator[subprocess.Popen[bytes]]:
+def _lifeline(
+    folder: Path, stage: Sequence[str], grace: float, lock: int, code: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-S", supervisor.__file__, str(folder), str(grace), *stage]
     with (folder / "supervisor.log").open("ab") as log:
         process = subprocess.Popen(
@@ -241,7 +251,7 @@ def _lifeline(folder: Path, stage: Sequence[str], grace: float, lock: int) -> It
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            env=stage_environment({STAGE_FOLDER_VARIABLE: str(folder), **stage_variables()}),
+            env=stage_environment({STAGE_FOLDER_VARIABLE: str(folder), **code, **stage_variables()}),
             pass_fds=[lock, *slot_descriptors()],
         )
     try:

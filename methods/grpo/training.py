@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from methods import contract
 from methods.toolkit import (
     chat,
+    generating,
     hardware,
     memory,
     prompt_rows,
@@ -49,7 +50,9 @@ class Trainer(training.Scheduled, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Answers follow from the seed and the step alone, not from what was drawn before a checkpoint.
         set_seed(training.step_seed(self.job.seed, self._step, self.accelerator.process_index))
-        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        # Nothing of the model's own settings, such as a penalty for repetition, may bend the sampled probabilities.
+        with generating.replaced_config(self.accelerator.unwrap_model(self.model), self.generation_config):
+            scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
         return scored
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -123,7 +126,7 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None]:
     """Load the base model, and say which adapter the trainer is to put on it: without it, it is the reference."""
     model = tuning.load_trained_model(job)
     tuning.switch_dropout_off(model)
-    lora = None if job.parameters["tuning"] == "full" else tuning.lora_config(job.parameters)
+    lora = None if job.parameters["tuning"] == "full" else tuning.fitting_lora(model, job.parameters)
     return model, lora
 
 

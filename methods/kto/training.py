@@ -44,7 +44,7 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None]:
     """Load the base model, and say which adapter the trainer is to put on it: without it, it is the reference."""
     model = tuning.load_trained_model(job)
     tuning.switch_dropout_off(model)
-    return model, tuning.lora_config(job.parameters) if job.parameters["tuning"] == "lora" else None
+    return model, tuning.fitting_lora(model, job.parameters) if job.parameters["tuning"] == "lora" else None
 
 
 def build_trainer(

@@ -29,11 +29,13 @@ from methods import contract
 from methods.ppo.rollouts import Prompts, RewardHead, set_pad_apart
 from methods.toolkit import (
     chat,
+    finite,
     hardware,
     memory,
     models,
     probing,
     prompt_rows,
+    remote_code,
     reward_model,
     tokenizing,
     training,
@@ -94,6 +96,8 @@ class Trainer(training.Scheduled, PPOTrainer):
         self.tokens += figures.pop("tokens")
         rates = self.lr_scheduler.get_last_lr()
         loss = logs["loss/policy_avg"] + self.args.vf_coef * logs["loss/value_avg"]
+        if not math.isfinite(loss):
+            raise finite.refusal(self.job, self.state.global_step - 1, loss)
         super().log(
             {
                 "loss": loss,
@@ -187,10 +191,11 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None, Any]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     if p["tuning"] == "full":
         return actor, None, critic
+    lora = tuning.fitting_lora(actor, p)
     with tuning.refusing():
-        inject_adapter_in_model(tuning.lora_config(p, "SEQ_CLS"), critic)
+        inject_adapter_in_model(tuning.fitting_lora(critic, p, "SEQ_CLS"), critic)
     critic.score.requires_grad_(True)
-    return actor, tuning.lora_config(p), critic
+    return actor, lora, critic
 
 
 def build_trainer(
@@ -271,8 +276,9 @@ def save(
     actor.generation_config = generation
     rows = islice(tokenizing.read_messages(Path(job.inputs["train_rows"]), -1), probing.PROBE_ROWS)
     probing.write_probes(job.output, tokenizer, [messages for _, messages in rows])
-    actor.save_pretrained(job.output)
+    models.save_trained(actor, job.output)
     chat.save_tokenizer(tokenizer, job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     return {"model": str(job.output), "adapter": isinstance(actor, PeftModel), **outcome}
 
 

@@ -13,7 +13,7 @@ import torch
 from methods import contract
 from methods.toolkit import hardware
 from methods.toolkit.chat import RenderError, render_prompt
-from methods.toolkit.generating import Answer, Sampling, batch_by_memory, generate
+from methods.toolkit.generating import Answer, Sampling, batch_by_memory, generate, record
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
 from methods.toolkit.memory import available_gib
 
@@ -24,7 +24,8 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
     Each result line has `answer`, `tokens`, `hit_limit` and `prompt_token_ids`; that of an answer with a thought has
     `thought` and `said` (both together, as a server returns it), that of a request with a `reference` has
     `reference_logprob` and `reference_tokens` as well. Returns the path, counts, seconds, the tokens of the answers per
-    second, and how many were made at a time. Raises Refused for a request that the chat template refuses.
+    second, how many were made at a time, and in `generation` the settings that they were made with. Raises Refused for
+    a request that the chat template refuses.
     """
     requests = read_requests(job)
     prompts = [_prompt(tokenizer, number, request) for number, request in enumerate(requests, start=1)]
@@ -50,7 +51,7 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         model, tokenizer, list(expected.values()), on_progress=lambda done: on_progress(len(prompts) + done)
     )
     result = write_predictions(job, prompts, answers, started, dict(zip(expected, found, strict=True)), seconds)
-    return {**result, "batch_size": batch_size}
+    return {**result, "batch_size": batch_size, "generation": record(model, sampling_of(job))}
 
 
 def _batch_size(job: contract.Job, model: Any, prompts: list[list[int]]) -> int:
@@ -79,7 +80,8 @@ def read_requests(job: contract.Job) -> list[dict[str, Any]]:
 def sampling_of(job: contract.Job) -> Sampling:
     """How the job wants its answers made."""
     p = job.parameters
-    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
+    kept = tuple(p.get("model_settings", ()))
+    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"], kept)
 
 
 class _Report(Protocol):

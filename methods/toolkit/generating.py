@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from methods.toolkit import chat, hardware, thoughts
 
+NEUTRAL: dict[str, Any] = {
+    "min_length": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "length_penalty": 1.0,
+    "remove_invalid_values": False,
+    "use_cache": True,
+}
+"""The values of transformers' generation settings that leave a model's probabilities as they are. Settings that are
+not here change nothing while they are unset (a list of suppressed tokens, for example)."""
+
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are made. Temperature 0 is greedy: the same prompt always gives the same answer."""
+    """How answers are made. Temperature 0 is greedy: the same prompt always gives the same answer.
+
+    `model_settings` names the settings that the model's own generation_config decides, as it does at a server.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 50
+    model_settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +149,7 @@ def batch_by_memory(config: Any, dtype: Any, prompt: int, sampling: Sampling, fr
         return 16
     text = config.get_text_config()
     size = torch.finfo(dtype).bits / 8
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a state space model has none: then this is too much
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     keys = 2 * (getattr(text, "num_key_value_heads", None) or heads) * head * size * text.num_hidden_layers
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -174,8 +198,9 @@ def _generate_batch(
     # Padded on the left, masked by position and not by token: pad and end token are often the same.
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    told = {**arguments(model, tokenizer, sampling), **watched}
-    with torch.inference_mode():
+    ends = end_tokens(model, tokenizer)
+    with torch.inference_mode(), generation_config(model, tokenizer, sampling) as chosen:
+        told = {"generation_config": chosen, **watched}
         ids, mask = ids.to(model.device), mask.to(model.device)
         trained = trained_prompt(model)
         if trained is None:
@@ -183,7 +208,6 @@ def _generate_batch(
         else:
             embedded, mask = behind_padding(trained, model.get_input_embeddings()(ids), mask)
             output = model.get_base_model().generate(inputs_embeds=embedded, attention_mask=mask, **told)
-    ends = end_tokens(model, tokenizer)
     return [
         as_answer(tokenizer, row.tolist(), ends, sampling.max_new_tokens, opened=_opens_thought(tokenizer, prompt))
         for prompt, row in zip(prompts, output, strict=True)
@@ -219,17 +243,60 @@ def behind_padding(trained: Any, embedded: Any, mask: Any) -> tuple[Any, Any]:
     return result, attended
 
 
-def arguments(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:
-    """How a model is asked to generate."""
-    found: dict[str, Any] = {
-        "max_new_tokens": sampling.max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": end_tokens(model, tokenizer),
-        "do_sample": sampling.temperature > 0,
-    }
+@contextmanager
+def generation_config(model: Any, tokenizer: Any, sampling: Sampling) -> Iterator[Any]:
+    """The generation config of a sampling, which stands for the model's own one inside of the context.
+
+    `generate` fills whatever a given config leaves unset from the model's own.
+    """
+    from transformers import GenerationConfig
+
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": end_tokens(model, tokenizer)}
+    chosen = GenerationConfig(**settings(model, sampling), **tokens)
+    with replaced_config(model, chosen):
+        yield chosen
+
+
+@contextmanager
+def replaced_config(model: Any, config: Any) -> Iterator[None]:
+    """Give the model another generation config inside of the context; an adapter's base model too."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.generation_config
+    base.generation_config = config
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
+def settings(model: Any, sampling: Sampling) -> dict[str, Any]:
+    """Every setting that answers are made with, by transformers' names; what is not in it is unset."""
+    found = {**NEUTRAL, "max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         found |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return found
+    published = own_settings(model)
+    return found | {name: published[name] for name in sampling.model_settings if name in published}
+
+
+def own_settings(model: Any) -> dict[str, Any]:
+    """The settings in the model's own generation_config that change answers, without its special tokens."""
+    own: dict[str, Any] = model.generation_config.to_diff_dict()
+    left_out = {*_TOKENS, "transformers_version", "use_cache", "max_new_tokens", "max_length"}
+    return {
+        name: value
+        for name, value in own.items()
+        if name not in left_out and not name.startswith(("_", "output_")) and NEUTRAL.get(name) != value
+    }
+
+
+def record(model: Any, sampling: Sampling) -> dict[str, Any]:
+    """What the record of an evaluation says of how answers were made.
+
+    `settings`: all that count. `not_used`: settings of the model's own generation_config that do not.
+    """
+    chosen = settings(model, sampling)
+    others = {name: value for name, value in own_settings(model).items() if chosen.get(name) != value}
+    return {"settings": chosen, "not_used": others}
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

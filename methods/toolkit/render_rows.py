@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from methods.toolkit import remote_code
 from methods.toolkit.chat import IGNORED, Rendered, follow_rows, load_tokenizer, render_conversation, render_prompt
 from methods.toolkit.chat_template import TemplateSettings
 from methods.toolkit.documents import document_ids
@@ -109,7 +110,7 @@ def _tokenizer(folder: str, kind: str, rows: Path) -> Any:
         return tokenizer
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, **remote_code.loading(folder))
 
 
 def _without_torch() -> None:

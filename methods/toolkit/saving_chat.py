@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing, processes
+from methods.toolkit import chat, merging, models, probing, processes, remote_code
 
 
 def save_trained(
@@ -45,12 +45,13 @@ def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[st
         trainer.save_model(str(job.output))  # gathers the parts of all processes
         (job.output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
     elif job.is_main:
-        trainer.model.save_pretrained(job.output)
+        models.save_trained(trainer.model, job.output)
     adapter = isinstance(model, PeftModel)
     if job.is_main:
         chat.save_tokenizer(tokenizer, job.output)
         if adapter and generation is not None:
             generation.save_pretrained(job.output)
+        remote_code.carry(job.inputs["base_model"], job.output)
     processes.wait_for_all()
     return {"model": str(job.output), "adapter": adapter, **outcome}
 
@@ -69,6 +70,7 @@ def save_complete(job: contract.Job, dtype: str) -> None:
         merging.save_weights(models.load_model(trained, "float32"), job.output, dtype)
     tokenizer, _ = chat.load_tokenizer(trained)
     tokenizer.save_pretrained(job.output)
+    remote_code.carry(base, job.output)
     # The generation settings hold the end tokens of training: those of the base may lack some.
     for name in (probing.PROBES_FILE, GENERATION_CONFIG_NAME):
         if (Path(trained) / name).exists():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from configs.resolve import resolve_train
 from flows import demo
 from tasks.hardware import Hardware
+from tests.flows.command_line import printed, tuneline
 
 QUIET = {"gflops": 130.0, "cpu_share": 1.0}
 """Two quiet AVX2 cores in float32."""
@@ -53,3 +56,14 @@ def test_the_demo_says_how_long_it_takes_and_what_makes_it_faster(
     out = capsys.readouterr().out
     assert [text for text in said if text not in out] == []
     assert [text for text in not_said if text in out] == []
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("auto", False)])
+def test_a_dry_run_warns_of_a_number_type_that_this_host_emulates(tmp_path: Path, dtype: str, warned: bool) -> None:
+    made = tuneline(
+        *("train", demo.DEMO_FILE, "--set", f"dtype={dtype}", "--dry-run"),
+        home=tmp_path / "home",
+        cwd=tmp_path,
+        extra={"TUNELINE_NATIVE_BFLOAT16": "no"},
+    )
+    assert ("dtype bfloat16 is emulated on" in printed(made)) == warned

@@ -28,6 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.timeout(2400)
 def test_a_text_file_is_trained_on_saved_deployed_and_gone_on_from(place: Path) -> None:
     home = place / "home"
     content = {
@@ -46,7 +47,7 @@ def test_a_text_file_is_trained_on_saved_deployed_and_gone_on_from(place: Path) 
         "dtype": "float32",
     }
     (place / "train.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-    done = tuneline("train", "train.yaml", home=home, cwd=place, seconds=600)
+    done = tuneline("train", "train.yaml", home=home, cwd=place, seconds=1500)
     try:
         assert "100 of 100  text" in printed(done)
         record = read_json(tuneline("trains", "show", "manual", "--json", home=home, cwd=place))

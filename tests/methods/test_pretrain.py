@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.train import Hyperparameters
+from configs.train import Hyperparameters, TrainConfig
 from methods import contract
 from methods.pretrain import perplexity
 from methods.pretrain.check import make_documents
 from methods.registry import find_method
 from methods.toolkit import chat, documents, models, probing
-from tasks.stages import StageJob
+from tasks.launching import launcher
+from tasks.stages import StageJob, run_stage
 from tests.methods import parameter_effects as effects
 from tests.methods.stage_jobs import curve, open_job, run_method
 from tests.methods.training_bench import Bench, result_of, same_as
@@ -252,6 +253,24 @@ def test_a_stage_runs_as_the_system_starts_it(bench: TextBench, tmp_path: Path) 
     folder = tmp_path / "alone"
     result = run_method(folder, bench.stage_job(folder, max_steps=1, packing=True), method="pretrain")
     assert (result["steps"], result["adapter"]) == (1, True)
+
+
+@pytest.mark.methods
+def test_two_processes_are_one_with_twice_the_batch(bench: TextBench, tiny_model: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {**SMALL, "packing": True, "separate_documents": True, "max_steps": 4}
+    alone = bench.train(**given)
+    config = TrainConfig(name="t", base_model="b", dataset="d", distribution="ddp", processes=2)
+    folder = tmp_path / "spread"
+    folder.mkdir()
+    method = find_method("pretrain")
+    python, file = method.stage_python("training"), method.stage_file("training")
+    job = bench.stage_job(folder, **{**given, "batch_size": 2})
+    run_stage(folder, job, python, file, 60, lambda events: None, launcher(config, folder, on_gpus=False))
+    for name in ("loss", "tokens", "token_accuracy", "learning_rate"):
+        expected, found = curve(alone, name), curve(folder, name)
+        assert list(found) == list(expected)
+        assert all(found[step] == pytest.approx(values, rel=2e-4) for step, values in expected.items()), name
+    assert list(folder.rglob("*.arrow")) == []
 
 
 # --- every parameter reaches what it is for -------------------------------------------------------------------------

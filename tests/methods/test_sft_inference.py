@@ -80,8 +80,9 @@ def test_batches_are_made_of_prompts_of_like_length(model: Any, tokenizer: Any, 
         return original(input_ids=input_ids, **rest)
 
     model.generate = record
-    done: list[int] = []
-    generate(model, tokenizer, prompts, Sampling(max_new_tokens=2), batch_size=2, on_progress=done.append)
+    done: list[float] = []
+    sampling = Sampling(max_new_tokens=2)
+    generate(model, tokenizer, prompts, sampling, batch_size=2, on_progress=lambda rows, _: done.append(rows))
     lengths = sorted(map(len, prompts), reverse=True)
     assert widths == [(2, lengths[0]), (2, lengths[2]), (1, lengths[4])]
     assert done == [2, 4, 5]

@@ -18,7 +18,7 @@ def bench(tiny_model: Path, tiny_rows: Path, tmp_path: Path) -> Bench:
 
 
 def test_batches_of_an_accumulated_step_and_of_the_validation_are_reported(bench: Bench) -> None:
-    folder = bench.train(validation=True, max_steps=2, batch_size=2, grad_accum_steps=4, max_new_tokens=2)
+    folder = bench.train(validation=True, max_steps=2, batch_size=2, grad_accum_steps=4)
     events = [event for event in EventTail(folder / contract.EVENTS_FILE).read() if event["type"] == "progress"]
     first = [(event["part"], event["note"]) for event in events if event["step"] == 0]
     assert first == [(0.0, ""), (0.25, "batch 1 of 4"), (0.5, "batch 2 of 4"), (0.75, "batch 3 of 4")]

@@ -107,3 +107,15 @@ def test_a_terminal_that_is_not_live_gets_a_line_while_a_stage_reports_nothing(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "  saving: merging"
     assert len([line for line in lines if line.startswith("  saving: merging  (0:0")]) >= 2
+
+
+def test_lines_of_a_terminal_that_is_not_live_come_one_at_a_time_and_are_not_wrapped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with in_terminal("evaluating the base") as progress:
+        for step in range(5):
+            event = {"type": "progress", "time": time.time(), "step": step, "total": 48, "note": "token " * 30}
+            progress.follow([event])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("  evaluating the base: 0/48  token")
