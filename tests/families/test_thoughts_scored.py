@@ -44,10 +44,10 @@ def test_correct_answers_are_scored_as_correct(tmp_path: Path, thoughts: bool) -
         "dataset": "rows.jsonl",
         "max_new_tokens": 48,
         "hyperparameters": {
-            "tuning": "full",
+            "lora_rank": 16,
             "max_steps": 40,
             "batch_size": 4,
-            "learning_rate": 0.003,
+            "learning_rate": 0.01,
             "max_seq_length": 128,
             "lr_scheduler": "constant",
             "dtype": "float32",
