@@ -118,13 +118,15 @@ def put_beside(model: Any, config: PeftConfig, p: dict[str, Any]) -> Any:
     technique = p["technique"]
     field = "ia3_targets" if technique == "ia3" else "lora_targets" if "lora_targets" in used_parameters(p) else None
     chosen = f" with {field} {p[field]!r}" if field and p[field] is not None else ""
+    kind = model.config.model_type
+    layers = [name for name in layer_names(model) if not name.startswith("experts.")]  # for lora alone
     try:
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:
-        others = f"set {field} to other layers, of {', '.join(layer_names(model))}, or " if field else ""
+        others = f"set {field} to other layers, of {', '.join(layers)}, or " if field else ""
         raise Refused(
-            f"technique {technique}{chosen} does not fit this model ({model.config.model_type}): {error}. To fix it, "
-            f"{others}set technique to lora with lora_targets all-linear"
+            f"technique {technique}{chosen} does not fit this model ({kind}): {str(error).rstrip('. ')}. To "
+            f"fix it, {others}set technique to lora with lora_targets all-linear"
         ) from error
 
 
