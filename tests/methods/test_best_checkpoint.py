@@ -121,7 +121,7 @@ def test_a_train_stops_after_as_many_evaluations_in_vain(overfitted: dict[str, P
     assert same_weights(folder, overfitted["lora"])
 
 
-@pytest.mark.parametrize("since_best", [-1, 3])
+@pytest.mark.parametrize("since_best", [pytest.param(-1, marks=pytest.mark.methods), 3])
 def test_a_killed_train_keeps_the_same_step_and_stops_at_the_same(
     since_best: int, tiny_model: Path, tiny_rows: Path, contrary_rows: Path, tmp_path: Path, overfitted: dict[str, Path]
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_metric_that_is_not_evaluated_is_refused_with_those_that_are(bench: Be
         bench.train(validation=True, **{**OVERFITTED, "keep_best": "eval_rouge"})
 
 
-@pytest.mark.parametrize("method", ["sft", "peft"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("peft", marks=pytest.mark.methods)])
 def test_a_job_that_only_saves_makes_the_product_of_its_checkpoint(
     method: str, tiny_model: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
