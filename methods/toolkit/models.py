@@ -47,6 +47,9 @@ def settle_cache(model: Any) -> None:
     import torch
     from transformers import DynamicCache
 
+    # Older code loaded a second time in one process has no `generate`: transformers adds it at the first load only.
+    if not hasattr(model, "generation_config"):
+        return
     keep_differentiable(model)
     ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     cache = DynamicCache(config=model.config)

@@ -18,10 +18,11 @@ def score_by_own_forward(trainer: Any) -> None:
     Takes more memory than trl's: the logits of all positions, in float32.
     """
     temperature = getattr(trainer.args, "temperature", None) or 1.0
-    models: tuple[Any, ...] = (trainer.model, getattr(trainer, "ref_model", None))
-    for model in models:
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is None:
+            continue
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if plain is not None and "forward" in vars(plain) and has_own_code(plain):
+        if "forward" in vars(plain) and has_own_code(plain):
             _replace_forward(plain, temperature)
 
 
