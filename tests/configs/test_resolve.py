@@ -159,7 +159,7 @@ def test_documented_spelling_resolves_in_a_file_and_on_the_command_line(
 @pytest.mark.parametrize("name", [*Hyperparameters.model_fields])
 def test_every_hyperparameter_has_camel_upper_and_kebab_case(tmp_path: Path, name: str) -> None:
     value = {"lora_alpha": 4, "max_input_length": 64, "max_content_length": 64, "max_steps": 3}.get(
-        name, Hyperparameters.model_fields[name].default
+        name, Hyperparameters.model_fields[name].get_default(call_default_factory=True)
     )
     value = "eval_loss" if name == "keep_best" else 7 if value is None else value
     first, *rest = name.split("_")
@@ -600,7 +600,7 @@ OF_MODELS = {
     "ernie-bot-turbo-prompt-tuning",
     "codellama-7b-lora",
 }
-OF_EXAMPLES = {"qianfan-dpo", "quick-start", "sft-demo"}
+OF_EXAMPLES = {"qianfan-dpo", "qianfan-post-pretrain", "quick-start", "sft-demo"}
 
 
 @pytest.mark.parametrize("name", [*PRESET_VALUES])

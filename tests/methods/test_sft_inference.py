@@ -92,8 +92,8 @@ def test_hit_limit_is_true_only_for_answers_that_were_cut(model: Any, tokenizer:
     tokens = [tokenizer(text)["input_ids"][0] for text in ("a", "b", "c")]
     ends = [tokenizer.eos_token_id]
     read = generating.as_answer
-    assert read(tokenizer, [*tokens, ends[0]], ends, 4) == generating.Answer("abc", 3, hit_limit=False)
-    assert read(tokenizer, tokens, ends, 3) == generating.Answer("abc", 3, hit_limit=True)
+    assert read(tokenizer, [*tokens, ends[0]], ends, 4) == generating.Answer("abc", 3, hit_limit=False, marked="abc")
+    assert read(tokenizer, tokens, ends, 3) == generating.Answer("abc", 3, hit_limit=True, marked="abc")
     assert all(answer.hit_limit for answer in generate(model, tokenizer, prompts, Sampling(max_new_tokens=3)))
 
 
