@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 SOURCES := configs deployments flows methods tasks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-demo test-lifecycle test-methods test-targets test-operations test-e2e test-postgres bench lint format clean
+.PHONY: help setup demo test test-demo test-lifecycle test-methods test-families test-targets test-operations test-e2e test-postgres bench lint format clean
 
 help:
 	@echo "make setup   create $(VENV) with the tuneline command in it (PYTHON=... chooses the interpreter)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-demo  the demo on the real model, and its figures"
 	@echo "make test-lifecycle  whole trains by flows and commands: the README's tour, every path, kills, retraining"
 	@echo "make test-methods  every training method through every stage, each in its own environment"
+	@echo "make test-families  every method on a tiny model of every family, and their table; FAMILIES_WRITE=1 into the docs"
 	@echo "make test-targets  llama.cpp built and serving, Ollama's interface, the demo's model quantised"
 	@echo "make test-e2e  a real browser on the pages: form, progress, copy, compare, cancel; pictures in build/e2e"
 	@echo "make test-operations  workers, conda environments, GPU slots: what dies, what is left, what goes on"
@@ -40,7 +41,7 @@ demo: setup
 # Two test files side by side, each with one thread a process: two processes of two threads on two cores wait for
 # each other at every step, and take ten times as long.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not (slow or lifecycle or operations or e2e or methods or targets)' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not (slow or lifecycle or operations or e2e or methods or families or targets)' -n 2 --dist loadfile
 
 test-demo: setup
 	$(BIN)/python -m pytest -m slow
@@ -57,6 +58,10 @@ test-lifecycle: setup
 # Each in the environment that its method names, which `tuneline envs create` makes of the method's own file.
 test-methods: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m methods -n 2 --dist loadfile
+
+# Prints the table family × method. FAMILIES_WRITE=1 puts it into the documents instead of comparing it with them.
+test-families: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families -m families -n 2
 
 # llama.cpp is compiled once, into the cache of the user; its server then really serves.
 test-targets: setup

@@ -45,7 +45,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "lr_decay_ratio": ("学习率衰减比率",),
     "warmup_steps": ("WARMUP_STEPS",),
     "warmup_ratio": ("WARMUP_RATIO", "学习率预热步数占比", "热身比例", "预热比例"),
-    "weight_decay": ("权重衰减数值",),
+    "weight_decay": ("权重衰减数值", "正则化系数"),
     "optimizer": ("优化器",),
     "checkpoint_steps": ("模型保存步数",),
     "seed": ("随机种子",),
@@ -63,7 +63,10 @@ _TUNING = {
 }
 _SCHEDULERS = dict.fromkeys(("linear", "cosine", "polynomial", "constant", "constant_with_warmup"), ())
 VALUE_SPELLINGS: dict[str, Mapping[str, tuple[str, ...]]] = {
-    "method": {"sft": ("有监督微调", "有监督训练")},
+    "method": {
+        "sft": ("有监督微调", "有监督训练"),
+        "pretrain": ("Post-pretrain", "增量预训练", "继续预训练", "预训练"),
+    },
     "tuning": _TUNING,
     "optimizer": dict.fromkeys(("adamw", "adamw_8bit", "adafactor", "sgd"), ()),
     "lr_scheduler": _SCHEDULERS,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
-FileFormat = Literal["jsonl", "json", "csv", "xlsx", "parquet", "images"]
+FileFormat = Literal["jsonl", "json", "csv", "xlsx", "parquet", "images", "txt", "txt_files"]
 DIGEST_CHARACTERS = 12
 IMAGES_FOLDER = "images"  # beside the rows that show them
 
@@ -36,11 +36,14 @@ Shape = Literal[
     "image_messages",
     "image_deepextension",
     "image_caption",
+    "text",
 ]
 RequestedShape = Literal["auto", Shape]
 
 # What stored rows hold, whatever the shape of the file they came from. A method says which it trains on.
-Kind = Literal["chat", "chat_tools", "preference", "ranking", "pair", "triplet", "scored_pair", "vision", "caption"]
+Kind = Literal[
+    "chat", "chat_tools", "preference", "ranking", "pair", "triplet", "scored_pair", "vision", "caption", "text"
+]
 
 KIND_OF_SHAPE: dict[Shape, Kind] = {
     "prompt_completion": "chat",
@@ -65,6 +68,7 @@ KIND_OF_SHAPE: dict[Shape, Kind] = {
     "image_messages": "vision",
     "image_deepextension": "vision",
     "image_caption": "caption",
+    "text": "text",
 }
 
 KIND_TITLES: dict[Kind, str] = {
@@ -77,7 +81,11 @@ KIND_TITLES: dict[Kind, str] = {
     "scored_pair": "scored pairs of texts",
     "vision": "vision-language data",
     "caption": "captioned images",
+    "text": "plain texts",
 }
+
+TEXT_COLUMNS = ("text", "content", "文本", "内容")
+"""The columns that a document is looked for in, the first one there."""
 
 # What a method of a type trains on unless its manifest says otherwise (`datasets`).
 KINDS_OF_TYPE: dict[str, tuple[Kind, ...]] = {
@@ -187,6 +195,12 @@ class CaptionRow(StoredRow):
 
     image: str
     caption: str
+
+
+class TextRow(StoredRow):
+    """Kind `text`: a document as it is, without a question or an answer."""
+
+    text: str
 
 
 class Columns(BaseModel):

@@ -24,6 +24,30 @@ QUANTIZATIONS: dict[Target, tuple[Quantization, ...]] = {
     "custom": (),
 }
 """How each target can hold the weights with fewer bits."""
+
+GREEDY_SETTINGS = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "min_length",
+    "min_new_tokens",
+    "guidance_scale",
+)
+"""Settings of a model's generation_config.json that change its answers at temperature 0 too."""
+APPLIED_SETTINGS: dict[Target, tuple[str, ...]] = {
+    "transformers": GREEDY_SETTINGS,
+    "llama.cpp": (),
+    "vllm": ("repetition_penalty",),
+    "ollama": (),
+    "custom": GREEDY_SETTINGS,
+}
+"""Those of them that each target applies to the answers of every request."""
 DeploymentState = Literal["starting", "current", "retired", "failed"]
 
 

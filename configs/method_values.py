@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.aliases import nearest, spelling_key
-from configs.parameter_schemas import fits, limits, plain_value
+from configs.parameter_schemas import choices_text, fits, limits, plain_value
 from configs.train import TrainConfig
 from configs.validation_errors import Place, Problem, one_error
 from methods.registry import Method, find_method
@@ -109,7 +109,7 @@ def _not_chosen(method: Method, hyper: Mapping[str, Any], places: Mapping[str, P
         value = hyper.get(name, method.hyperparameter_default(name))
         if value not in choices and name not in method.hyperparameters.unused:
             field = f"hyperparameters.{name}"
-            expected = f"one of {', '.join(map(str, choices))}"
+            expected = f"one of {choices_text(choices)}"
             problem = f"the method {method.name} does not take this value"
             found.append(Problem(problem, field, places.get(field), value, expected))
     return found

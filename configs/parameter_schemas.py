@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jsonschema import Draft202012Validator
@@ -59,6 +59,11 @@ class Fault(NamedTuple):
     problem: str
     value: object
     expected: str
+
+
+def choices_text(choices: Iterable[Any]) -> str:
+    """The values that a method takes of a hyper-parameter, in words."""
+    return ", ".join("not set" if choice is None else str(choice) for choice in choices)
 
 
 def schema_fault(name: str, schema: object) -> Fault | None:

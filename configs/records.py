@@ -41,6 +41,10 @@ class ModelRecord(BaseModel):
     parent: str | None = Field(default=None, description="Name of the model it was made from.")
     train: str | None = Field(default=None, description="Id of the train it came out of.")
     run_id: str | None = Field(default=None, description="MLflow run of that train.")
+    step: int | None = Field(default=None, description="Step of that train whose weights it has.")
+    from_checkpoint: bool = Field(
+        default=False, description="Whether it was made of a checkpoint by itself; the train's name means another."
+    )
     dataset: str | None = None
     created: datetime = Field(default_factory=now)
     registered_version: str | None = None
@@ -50,6 +54,15 @@ class ModelRecord(BaseModel):
         description="The model whose answers were scored: itself, or the one that it was proved to be equal to.",
     )
     verification: dict[str, Any] = Field(default_factory=dict)
+
+
+class CodeRecord(BaseModel):
+    """The Python code that a base model brings and that the user has allowed: digest of all files, sha256 of each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    files: dict[str, str]
 
 
 class ServedAs(BaseModel):
@@ -70,6 +83,16 @@ class SweepPlace(BaseModel):
 
     sweep: str
     number: int
+
+
+class Resolution(BaseModel):
+    """What a parameter that was given as `auto` became in a stage, and what decided it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: str
+    origin: str = Field(description="What decided it, such as `hardware`.")
+    reason: str
 
 
 class TrainRecord(BaseModel):
@@ -97,8 +120,12 @@ class TrainRecord(BaseModel):
     crash_resumes: int = Field(default=0, description="How often it was taken up by itself after a crash.")
     after_crash: str | None = Field(default=None, description="What was decided after its newest crash, and why.")
     sweep: SweepPlace | None = Field(default=None, description="The sweep that has begun it.")
+    resolved: dict[str, Resolution] = Field(
+        default_factory=dict, description="What parameters given as `auto` became in the newest attempt, by name."
+    )
     base: str | None = Field(default=None, description="Name of the base model.")
     base_path: Path | None = None
+    remote_code: CodeRecord | None = Field(default=None, description="Code of the base model that the train runs.")
     dataset: str | None = None
     validation_dataset: str | None = None
     evaluation_dataset: str | None = None
@@ -106,7 +133,11 @@ class TrainRecord(BaseModel):
     evaluation: dict[str, dict[str, float]] = Field(
         default_factory=dict, description="Scores in percent, by `base` and `tuned`."
     )
-    outcome: dict[str, float] = Field(default_factory=dict, description="Steps, seconds and mean loss.")
+    outcome: dict[str, float] = Field(
+        default_factory=dict,
+        description="Steps, seconds and mean loss; with keep_best the best step, its figure and that of the last one.",
+    )
+    stopped: str | None = Field(default=None, description="Why the training ended before its last step.")
 
     @property
     def template_date(self) -> date:

@@ -117,12 +117,13 @@ def _as_ready(parameter: Parameter, method: Method) -> Parameter:
 
 def _as_taken(parameter: Parameter, method: Method) -> Parameter:
     """A common hyper-parameter with the method's own default and choices."""
+    from configs.parameter_schemas import choices_text
+
     name = parameter.name
     if name in method.hyperparameter_defaults:
         parameter = parameter._replace(default=_value_text(method.hyperparameter_default(name)))
     if name in method.hyperparameters.choices:
-        choices = ", ".join(map(str, method.hyperparameters.choices[name]))
-        parameter = parameter._replace(limits=f"one of {choices}")
+        parameter = parameter._replace(limits=f"one of {choices_text(method.hyperparameters.choices[name])}")
     return parameter
 
 

@@ -773,6 +773,8 @@ def _without_effect(config: TrainConfig, method: Method, merged: _Layer) -> list
         found.append("warm-up has no effect: the constant schedule has none (use constant_with_warmup)")
     if given("evaluation_steps") and config.validation_dataset is None and config.validation_split is None:
         found.append("evaluation_steps has no effect: neither validation_dataset nor validation_split is given")
+    if given("early_stopping_threshold") and hyper.early_stopping_patience is None:
+        found.append("early_stopping_threshold has no effect: early_stopping_patience is not set")
     for name in ("evaluation_by", "stop_words"):
         if name in merged and merged[name].value is not None and config.evaluation_dataset is None:
             found.append(f"{name} has no effect: there is no evaluation_dataset to be scored")

@@ -41,7 +41,9 @@ def figure_title(name: str) -> str:
     return f"{name} (%)" if name in SCORE_TITLES else name
 
 
-LOWER_IS_BETTER = frozenset({"edit_distance", "hit_limit", "perplexity", "tool_false_call"})
+LOWER_IS_BETTER = frozenset(
+    {"edit_distance", "hit_limit", "perplexity", "bits_per_character", "bits_per_byte", "tool_false_call"}
+)
 """Of all other figures more is better."""
 
 STOP_WORD_LISTS = ("zh", "en")

@@ -96,6 +96,11 @@ class Settings(BaseSettings):
         return self.root / "base_models"
 
     @property
+    def allowed_code(self) -> Path:
+        """The user's consent to code that models bring, by digest; the only place that can give it."""
+        return self.root / "allow_remote_code.yaml"
+
+    @property
     def trains(self) -> Path:
         """Job folders of trains: `TRAIN_ID/STAGE/`."""
         return self.root / "trains"

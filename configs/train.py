@@ -153,6 +153,7 @@ TemplateVariables = Annotated[
     AfterValidator(_template_variables),
     Field(json_schema_extra={"limits": "an object such as {reasoning_effort: low}, by the template's own names"}),
 ]
+CurveName = Annotated[str, Field(pattern=r"^eval_\w+$", json_schema_extra={"limits": "the name of a curve: eval_…"})]
 
 
 class Hyperparameters(BaseModel):
@@ -194,7 +195,8 @@ class Hyperparameters(BaseModel):
     lora_targets: Targets = Field(
         default="all-linear",
         title="LoRA targets",
-        description="Which modules get an adapter: all-linear, or names such as q_proj,v_proj.",
+        description="Which modules get an adapter: all-linear, or names such as q_proj,v_proj; embed_tokens and "
+        "experts (experts.down_proj) too, the output head not.",
     )
     max_seq_length: Whole = Field(
         default=1024,
@@ -335,6 +337,32 @@ class Hyperparameters(BaseModel):
         default=None,
         title="Evaluate every",
         description="Steps between two evaluations on the validation rows. Not set: at the end of every epoch.",
+    )
+    keep_best: CurveName | None = Field(
+        default=None,
+        title="Keep the best by",
+        description="Metric of the evaluations while training, such as eval_loss or eval_reward_accuracy: a checkpoint "
+        "is saved at every evaluation, and the model is made of the best one. Not set: of the last step.",
+    )
+    early_stopping_patience: Positive | None = Field(
+        default=None,
+        title="Early stopping patience",
+        description="The training ends after this many evaluations in a row that do not improve the metric of "
+        "keep_best (not set: eval_loss, with rewards eval_reward). Not set: never early.",
+        json_schema_extra=_extra({"low": 1, "high": 10, "source": "transformers, EarlyStoppingCallback"}),
+    )
+    early_stopping_threshold: Real = Field(
+        default=0.0,
+        ge=0,
+        title="Early stopping threshold",
+        description="An evaluation improves the metric if it is better than the best one before by more than this.",
+    )
+    stop_after_nonfinite: Whole = Field(
+        default=1,
+        ge=1,
+        title="Stop after non-finite updates",
+        description="An update whose loss or gradient is NaN or infinite is left out; the train stops at the given "
+        "number of them, 1 being the first.",
     )
     logging_steps: Whole = Field(
         default=1, ge=1, title="Log every", description="Steps between two points of the recorded curves."
@@ -587,6 +615,7 @@ def _train_contradictions(given: TrainConfig) -> list[Contradiction]:
             }
         )
     found += _spreading_contradictions(given)
+    found += _evaluation_contradictions(given)
     if given.endpoint is not None and given.through != "deployed":
         found.append(
             {
@@ -604,6 +633,23 @@ def _train_contradictions(given: TrainConfig) -> list[Contradiction]:
             }
         )
     return found
+
+
+def _evaluation_contradictions(given: TrainConfig) -> list[Contradiction]:
+    """What takes evaluations while training, where there are no rows for them."""
+    if given.validation_dataset is not None or given.validation_split is not None:
+        return []
+    wanted = [
+        name for name in ("keep_best", "early_stopping_patience") if getattr(given.hyperparameters, name) is not None
+    ]
+    return [
+        {
+            "fields": [f"hyperparameters.{name}", "validation_dataset", "validation_split"],
+            "problem": f"{name} compares evaluations while training, and there are no validation rows",
+            "mend": f"set validation_dataset or validation_split, or leave {name} out",
+        }
+        for name in wanted
+    ]
 
 
 def _spreading_contradictions(given: TrainConfig) -> list[Contradiction]:

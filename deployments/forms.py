@@ -125,6 +125,12 @@ class CompleteFromModel(BaseModel):
     model: Text = Field(
         title="Customized model", description="Name of a customized model, LINE@ALIAS, or the train that made it."
     )
+    checkpoint: Text | None = Field(
+        default=None,
+        title="Checkpoint",
+        description="Step of a checkpoint of the train, `best` or `last`: the model is made of it. Empty: of what the "
+        "train has left.",
+    )
 
 
 class DeployedFromModel(ServedAt):
@@ -158,8 +164,8 @@ class AddDataset(BaseModel):
 
     file: Text = Field(
         title="File",
-        description="File of rows (JSON Lines, JSON, CSV, Excel, Parquet), or folder or archive of rows and images, on "
-        "the host that the worker runs on; its absolute path.",
+        description="File of rows (JSON Lines, JSON, CSV, Excel, Parquet, plain text), or folder or archive of rows "
+        "and images, on the host that the worker runs on; its absolute path.",
     )
     name: Slug | None = Field(default=None, title="Name", description="Name of the dataset. Empty: the file's.")
     prompt_column: Text | None = Field(
@@ -391,7 +397,7 @@ def _hyperparameter_form(method: Method, through: Through) -> Schema:
     fields = form["properties"]
     for name in fields:
         if name in common.choices:
-            fields[name]["enum"] = list(common.choices[name])
+            fields[name]["enum"] = [choice for choice in common.choices[name] if choice is not None]
         default = method.hyperparameter_default(name)
         if default is not None:
             fields[name]["default"] = default

@@ -186,7 +186,7 @@ def connect(settings: Settings) -> Addresses:
     os.environ["PREFECT_HOME"] = str(settings.prefect_home)
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     # The first embedded run creates the database, which on a small machine takes nearly the default 20 s.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
     _point("PREFECT_API_URL", found.prefect_api)
     _point("PREFECT_API_DATABASE_CONNECTION_URL", None if found.prefect_api else prefect_database_uri(settings))
     settings.mlflow_sqlite.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from flows import (
     cli_environments,
     cli_inference,
     cli_methods,
+    cli_model_code,
     cli_models,
     cli_presets,
     cli_profiles,
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_trains.app, name="trains")
 app.add_typer(cli_datasets.app, name="datasets")
+cli_models.app.add_typer(cli_model_code.app)
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_methods.app, name="methods")
 app.add_typer(cli_presets.app, name="presets")
@@ -111,8 +113,17 @@ app.command()(cli_sweeps.sweep)
 
 
 @app.command()
-def save(train: Annotated[str, typer.Argument(help="A train, or the customized model of one.")]) -> None:
+def save(
+    train: Annotated[str, typer.Argument(help="A train, or the customized model of one.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="STEP", help="Step of a checkpoint (`trains show` lists them), `best` or `last`."),
+    ] = None,
+) -> None:
     """Make the complete model of a train. Merged, verified, self-contained; one that has it already keeps it."""
+    if checkpoint is not None:
+        _save_checkpoint(train, checkpoint)
+        return
     found = cli_models.find(train)
     if found.stage == "complete" and found.parent is not None:
         found = cli_models.find(found.parent)
@@ -128,6 +139,26 @@ def save(train: Annotated[str, typer.Argument(help="A train, or the customized m
 
     model: ModelRecord = complete(model=found.name)
     print_fields({"complete model": model.name, "folder": model.path, **model.verification})
+
+
+def _save_checkpoint(train: str, checkpoint: str) -> None:
+    from tasks.train_checkpoints import chosen_step, train_of
+
+    record = train_of(train)
+    step = chosen_step(record, checkpoint)  # a mistake is reported before a flow begins
+    cli_trains.embedded()
+    from flows.complete import complete
+
+    model: ModelRecord = complete(model=record.id, checkpoint=str(step))
+    print_fields(
+        {
+            "complete model": model.name,
+            "made of": model.parent,
+            "step": step,
+            "folder": model.path,
+            **model.verification,
+        }
+    )
 
 
 @app.command()

@@ -22,12 +22,13 @@ _SHOWN = 300
 app = typer.Typer(help="Datasets: validated, stored once, never changed.", no_args_is_help=True)
 
 READS = (
-    "Formats: JSON Lines, JSON, CSV, Excel (.xlsx), Parquet, and a folder or an archive (.zip, .tar, .tar.gz) with a "
-    "file of rows and images, or with images that each have their caption in a .txt file beside them.\n\n"
+    "Formats: JSON Lines, JSON, CSV, Excel (.xlsx), Parquet, plain text (.txt, documents separated by blank lines), "
+    "and a folder or an archive (.zip, .tar, .tar.gz) with a file of rows and images, with images that each have their "
+    "caption in a .txt file beside them, or with .txt files that are a document each.\n\n"
     "Shapes, recognised or told with --shape: prompt and completion by columns, Alpaca, OpenAI messages and ShareGPT "
     "conversations (with system, with tools), chosen and rejected answers, answers with scores, anchor and positive "
     "with or without negative, two sentences and a score, an image with messages, with question and answer, or with a "
-    "caption, and the files of Qianfan, Pangu and DeepExtension."
+    "caption, documents in a column text (or content), and the files of Qianfan, Pangu and DeepExtension."
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
@@ -248,7 +249,7 @@ def show_report(report: DatasetReport, first: Mapping[str, object] | None = None
             "images": report.images or None,
             **{f"{name} characters": _lengths(found.characters) for name, found in report.fields.items()},
             "scripts": ", ".join(f"{name} {count}" for name, count in report.scripts.items()) or None,
-            "overlap": overlap_sentence(report.overlap, report.rows_kept) if report.overlap else None,
+            "overlap": overlap_sentence(report.overlap, report.rows_kept, report.kind) if report.overlap else None,
             "tokens": _lengths(report.tokens.tokens) if report.tokens else None,
             "trained tokens": _lengths(report.tokens.trained_tokens) if report.tokens else None,
             "tokens are": tokens_sentence(report.tokens) if report.tokens else None,

@@ -28,7 +28,9 @@ Thinking = Annotated[
 
 def infer(
     model: Annotated[str, typer.Argument(help="A base, customized or complete model, LINE@ALIAS, or a train.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask: a question, a text to embed, what a picture is to show.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to ask: a question, a text to go on from or to embed, what a picture shows.")
+    ],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     answer: Annotated[
         list[str], typer.Option("--answer", help="An answer that a reward model is to score; repeatable.")
@@ -63,6 +65,8 @@ def infer(
     kind: str = asked_of.types[0] if asked_of.types[0] in _ASKING else "chat"
     if kind == "chat" and "chat" not in asked_of.evaluated_kinds:
         kind = "reward"
+    if "text" in asked_of.kinds:
+        kind = "text"
     given: dict[str, Any] = {"--answer": answer, "--text": text, "--image": image, "--output": output}
     given |= {"--system": system, "--tools": tools}
     _refuse_other_options(kind, given)
@@ -77,6 +81,7 @@ def infer(
         "reward": {"prompt": messages, "answers": answer},
         "embedding": {"texts": [prompt, *text]},
         "image-generation": {"caption": prompt, "seed": seed},
+        "text": {"text": prompt},
     }
     if kind == "reward" and not answer:
         raise UserError("a reward model scores answers", field="--answer", expected="one or more answers to score")
@@ -111,6 +116,7 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
         "vision-language": ["--image", "--system"],
         "reward": ["--answer", "--system"],
         "embedding": ["--text"],
+        "text": [],
     }
     taken = known.get(kind, ["--output"])
     for name, value in given.items():
@@ -119,7 +125,7 @@ def _refuse_other_options(kind: str, given: dict[str, Any]) -> None:
                 "this option has no meaning for a model of this kind",
                 field=name,
                 value=value,
-                expected=", ".join(taken),
+                expected=", ".join(taken) or "none of them",
             )
 
 
@@ -138,17 +144,24 @@ def _read_tools(file: Path) -> list[dict[str, Any]]:
 
 
 def _chat(found: ModelRecord, request: dict[str, Any], generation: Generation, _: Path, json_: bool) -> None:
-    from tasks.inference import answer_prompts
+    """Print what the model answers, or how it goes on after a text."""
+    from flows import cli_trains
+    from tasks.inference import Answer, measured_requests
 
-    answer = answer_prompts(found, [request["messages"]], generation, tools=[request.get("tools")])[0]
+    with cli_trains.terminal_line("answering") as follow:
+        predictions, speed = measured_requests(found, [request], generation, follow)
+    answer = Answer.model_validate(predictions[0])
     if json_:
-        print_json({"model": found.name, **answer.model_dump()})
+        told = {"speed": speed.model_dump() if speed is not None else None}
+        print_json({"model": found.name, **answer.model_dump(), **told})
         return
     if answer.thought:
         print(f"(thought: {answer.thought})", file=sys.stderr)
     parsed = answer.parsed(request.get("tools", []))
     calls = parsed.calls if "tools" in request else []
     print(as_text(parsed.content, calls) if calls else answer.answer)
+    if speed is not None:
+        print(f"({speed.in_words()})", file=sys.stderr)
     if answer.hit_limit:
         print(f"(cut at {generation.max_new_tokens} tokens; --max-new-tokens raises the limit)", file=sys.stderr)
 
@@ -197,4 +210,11 @@ def _draw(found: ModelRecord, request: dict[str, Any], generation: Generation, o
     print(output.absolute())
 
 
-_ASKING = {"chat": _chat, "vision-language": _chat, "reward": _reward, "embedding": _embed, "image-generation": _draw}
+_ASKING = {
+    "chat": _chat,
+    "vision-language": _chat,
+    "reward": _reward,
+    "embedding": _embed,
+    "image-generation": _draw,
+    "text": _chat,
+}

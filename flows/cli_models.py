@@ -1,4 +1,4 @@
-"""`tuneline models`: list, add, show, champion."""
+"""`tuneline models`: list, add, show, champion; the commands about code and weights are in `cli_model_code.py`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -85,6 +85,9 @@ def evaluate(
     completion_column: Annotated[str | None, typer.Option(help="Column of the expected answer.")] = None,
     samples: Annotated[int, typer.Option(help="How many rows; -1 for all.", min=-1)] = -1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    batch_size: Annotated[
+        str, typer.Option(metavar="auto|ROWS", help="Rows answered at a time; auto: by the free memory.")
+    ] = "auto",
     by: By = [],  # noqa: B006 - typer reads the default, nobody changes it
     stop_words: StopWords = None,
     confidence: Confidence = DEFAULT_CONFIDENCE,
@@ -113,6 +116,7 @@ def evaluate(
     if metric not in RULE_METRICS:
         raise UserError("there is no such metric", field="--metric", value=metric, expected=", ".join(RULE_METRICS))
     asked = read_judge(judge) if judge is not None else None
+    rows_at_a_time = _rows_at_a_time(batch_size)
     from flows import cli_trains
 
     if any("@" in name for name in models):
@@ -133,7 +137,7 @@ def evaluate(
     if version.kind not in TEXT_KINDS:
         _measure(candidates, version, samples, json_)
         return
-    generation = Generation(max_new_tokens=max_new_tokens, thinking=thinking)
+    generation = Generation(max_new_tokens=max_new_tokens, batch_size=rows_at_a_time, thinking=thinking)
     options = ScoringOptions(stop_words=stop_words, by=tuple(by), confidence=confidence)
     if preview and not _previewed(candidates, version, generation, options, metric, asked, json_):
         return
@@ -179,7 +183,9 @@ def _evaluate_one(
         print_warning(f"{candidate.name} does not tell how likely references are")
     if json_:
         told = {"model": outcome.model, "dataset": outcome.dataset, "perplexity": outcome.perplexity}
-        print_json({**told, "hit_limit": outcome.hit_limit, **outcome.scores.model_dump(), "failed": outcome.failed})
+        speed = {"speed": outcome.speed.model_dump() if outcome.speed is not None else None}
+        scores = outcome.scores.model_dump()
+        print_json({**told, **speed, "hit_limit": outcome.hit_limit, **scores, "failed": outcome.failed})
         return
     print_mean_scores(outcome.scores, outcome.figures, outcome.model)
     if outcome.perplexity is not None:
@@ -189,6 +195,16 @@ def _evaluate_one(
     if outcome.failed:
         print_warning(f"{len(outcome.failed)} rows got no answer: {next(iter(outcome.failed.values()))}")
     print(f"rows of {outcome.dataset}")
+    if outcome.speed is not None:
+        print(outcome.speed.in_words())
+
+
+def _rows_at_a_time(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise UserError("not a batch size", field="--batch-size", value=text, expected="auto, or a whole number ≥ 1")
+    return int(text)
 
 
 def _previewed(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from configs.resolve import ResolvedTrain
     from tasks.comparing import Comparison
     from tasks.reproducing import Reproduction
+    from tasks.train_checkpoints import TrainCheckpoint
 
 _SHOWN_SAMPLES = 3
 LEAST_FREE = 64 * 2**20  # two fresh databases, with room for the records of some trains
@@ -115,6 +116,7 @@ def check_first(resolved: ResolvedTrain) -> None:
 
     reports = check_train(resolved.config)
     _check_alerts(resolved)
+    _warn_of_emulation(resolved)
     rows = [
         (name, f"{report.rows_kept} of {report.rows_read}", report.shape, _here(getattr(resolved.config, name)))
         for name, report in reports.items()
@@ -123,6 +125,17 @@ def check_first(resolved: ResolvedTrain) -> None:
     for report in reports.values():
         for kind, count in {**report.refused, **report.warnings}.items():
             print_warning(f"{_here(report.file)}: {count} rows: {kind.replace('_', ' ')}")
+
+
+def _warn_of_emulation(resolved: ResolvedTrain) -> None:
+    """Say before anything is begun that this host only emulates the number type that was chosen."""
+    from methods.registry import find_method
+    from tasks.hardware import dtype_warning
+
+    config = resolved.config
+    warning = dtype_warning(config.hyperparameters.dtype, find_method(config.method).stage_python("training"))
+    if warning is not None:
+        print_warning(warning)
 
 
 def _check_alerts(resolved: ResolvedTrain) -> None:
@@ -173,18 +186,21 @@ def tell_interrupted() -> None:
 
 
 def _run_flow(through: str, arguments: dict[str, Any]) -> ModelRecord | Endpoint:
-    from prefect import tags
+    from tasks.progress import TerminalLine, in_terminal
 
-    from deployments.automations import train_tag
-    from deployments.flow_deployments import TAG
-    from deployments.guard import start_embedded_server
-    from deployments.work_pools import WORK_POOL
-    from flows.complete import complete
-    from flows.customized import customized
-    from flows.deployed import deployed
-    from tasks.progress import TerminalLine
+    with in_terminal("starting") as progress:
+        progress.phase = "Prefect and MLflow"
+        from prefect import tags
 
-    start_embedded_server()
+        from deployments.automations import train_tag
+        from deployments.flow_deployments import TAG
+        from deployments.guard import start_embedded_server
+        from deployments.work_pools import WORK_POOL
+        from flows.complete import complete
+        from flows.customized import customized
+        from flows.deployed import deployed
+
+        start_embedded_server()
     TerminalLine.on = True
     flows: dict[str, Callable[..., Any]] = {"customized": customized, "complete": complete, "deployed": deployed}
     # Watched by the shipped automations like a run of the page, where a server stands.
@@ -198,9 +214,19 @@ def show_outcome(record: TrainRecord) -> None:
     from tasks.models import list_models
 
     made = [model.name for model in list_models() if model.train == record.id]
+    became = {name: f"{each.value} ({each.origin}: {each.reason})" for name, each in record.resolved.items()}
     print_fields(
-        {"train": record.id, "status": record.status, "models": "\n".join(made), **record.outcome, "run": record.run_id}
+        {
+            "train": record.id,
+            "status": record.status,
+            "models": "\n".join(made),
+            **record.outcome,
+            **became,
+            "run": record.run_id,
+        }
     )
+    if record.stopped:
+        print(record.stopped)
     if "tuned" in record.evaluation:
         print()
         print_evaluation(record.evaluation.get("base"), record.evaluation["tuned"])
@@ -218,13 +244,10 @@ def print_evaluation(base: Mapping[str, float] | None, tuned: Mapping[str, float
 @contextmanager
 def terminal_line(title: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A live line for a stage that runs outside a flow; yields the handler of its events."""
-    import logging
+    from tasks.progress import in_terminal
 
-    from tasks.progress import StageProgress, TerminalLine
-
-    line = TerminalLine(title)
-    with line.bar:
-        yield StageProgress(title, line, logging.getLogger("tuneline"), None).follow
+    with in_terminal(title) as progress:
+        yield progress.follow
 
 
 @app.command("list")
@@ -272,14 +295,41 @@ def show(train: Train, json_: Json = False) -> None:
     if status != "running":
         sync_curves(record)
     if json_:
-        print_json({**record.model_dump(mode="json"), "status": status})
+        print_json({**record.model_dump(mode="json"), "status": status, "checkpoints": _checkpoints(record)})
         return
     show_configuration(ResolvedTrain(config=record.config, origins=record.origins))
     show_outcome(record.model_copy(update={"status": status}))
+    _show_checkpoints(record)
     if status == "running" and record.waiting:
         print(record.waiting)
     if record.reason:
         print(f"reason: {record.reason}")
+
+
+def _checkpoints(record: TrainRecord) -> list[dict[str, Any]]:
+    from tasks.train_checkpoints import train_checkpoints
+
+    return [each.model_dump(mode="json") for each in train_checkpoints(record)]
+
+
+def _show_checkpoints(record: TrainRecord) -> None:
+    from tasks.train_checkpoints import train_checkpoints
+
+    kept = train_checkpoints(record)
+    if not kept:
+        return
+    names = list(dict.fromkeys(name for each in kept for name in each.figures))
+    rows = [
+        (each.step, *(each.figures.get(name) for name in names), f"{each.size / 2**20:.1f} MiB", _mark(each, kept[-1]))
+        for each in kept
+    ]
+    print()
+    print_table(("Step", *names, "Size", ""), rows, "", title="Checkpoints")
+    print(f"`tuneline save {record.id} --checkpoint STEP` makes a model of one")
+
+
+def _mark(each: TrainCheckpoint, last: TrainCheckpoint) -> str:
+    return ", ".join(name for name, holds in (("best", each.best), ("last", each is last)) if holds)
 
 
 @app.command()

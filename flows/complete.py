@@ -27,10 +27,16 @@ def complete(
     origins: dict[str, str] | None = None,
     resume: str | None = None,
     model: str | None = None,
+    checkpoint: str | None = None,
     queue: QueueName | None = None,
     profile: str | None = None,
 ) -> ModelRecord:
-    """Make a complete model from a train, or from the customized `model`; returns it."""
+    """Make a complete model from a train, or from the customized `model`; returns it.
+
+    With `checkpoint` (a step, `best` or `last`) it is made of that checkpoint of the train that `model` names.
+    """
+    if model is not None and checkpoint is not None:
+        return lifecycle.save_complete(lifecycle.save_checkpoint(model, checkpoint))
     if model is not None:
         found = lifecycle.find_model(model)
         if found.stage != "customized":

@@ -90,13 +90,17 @@ class Job:
         """Report values measured at `step`; they become curves of the same names."""
         self._emit("metrics", step=int(step), values={name: float(value) for name, value in values.items()})
 
-    def progress(self, step: int, total: int) -> None:
-        """Report that `step` of `total` steps are done."""
-        self._emit("progress", step=int(step), total=int(total))
+    def progress(self, step: int, total: int, part: float = 0.0, note: str = "") -> None:
+        """Report that `step` of `total` steps are done, and `part` (0 to 1) of the next one; `note` says of what."""
+        self._emit("progress", step=int(step), total=int(total), part=float(part), note=note)
 
     def phase(self, name: str) -> None:
         """Report what the stage is about to do."""
         self._emit("phase", name=name)
+
+    def resolved(self, name: str, value: str, origin: str, reason: str) -> None:
+        """Report what the parameter `name`, given as `auto`, became; `origin` decided it, such as `hardware`."""
+        self._emit("resolved", name=name, value=value, origin=origin, reason=reason)
 
     def warning(self, text: str) -> None:
         """Report something the user ought to know although the stage goes on."""
@@ -170,9 +174,11 @@ def mark_complete(checkpoint: Path) -> None:
         os.fsync(file.fileno())
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Remove all whole checkpoints below `checkpoints` but the newest `count`."""
+def keep_newest(checkpoints: Path, count: int, best: int | None = None) -> None:
+    """Remove all whole checkpoints below `checkpoints` but the newest `count` and that of the step `best`."""
     for old in complete_checkpoints(checkpoints)[:-count]:
+        if old.name == f"checkpoint-{best}":
+            continue
         # The mark goes first: a kill in between leaves a folder that nobody resumes from.
         (old / COMPLETE_MARK).unlink()
         shutil.rmtree(old)

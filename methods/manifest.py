@@ -146,7 +146,8 @@ class Method(BaseModel):
 
     def hyperparameter_default(self, name: str) -> Any:
         """What a common hyper-parameter is for this method if nobody sets it."""
-        return self.hyperparameter_defaults.get(name, Hyperparameters.model_fields[name].default)
+        common = Hyperparameters.model_fields[name].get_default(call_default_factory=True)
+        return self.hyperparameter_defaults.get(name, common)
 
     @property
     def train_defaults(self) -> dict[str, Any]:

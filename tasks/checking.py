@@ -9,7 +9,7 @@ from configs.method_values import checked_values
 from configs.settings import load_settings
 from configs.train import DATASETS, TrainConfig, path_of
 from methods.registry import Method, StageName, find_method
-from tasks.base_models import require_safetensors
+from tasks.base_models import check_code, require_safetensors
 from tasks.datasets import check_reference
 from tasks.gpus import wanted_gpus
 from tasks.launching import require_packages
@@ -72,6 +72,7 @@ def _check_base(reference: str) -> None:
     entry = find_base_model(reference, settings)
     if entry.path is not None:
         require_safetensors(entry.path)
+        check_code(entry, settings)
 
 
 def check_method(method: Method, config: TrainConfig) -> None:

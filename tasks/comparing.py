@@ -258,7 +258,8 @@ def _title(metric: str) -> str:
 
 def _by_loss(found: Comparison) -> list[str]:
     """What can be said without rows: one figure a train has no interval."""
-    for name in ("eval_loss", "loss"):
+    measured = ("tuned perplexity",) if len(set(found.versions.get("evaluation rows", [None]))) == 1 else ()
+    for name in (*measured, "eval_loss", "loss"):
         column = found.figures.get(name, [])
         if len(column) > 1 and all(value is not None for value in column):
             told = ", ".join(f"{train} {value:.4g}" for train, value in zip(found.trains, column, strict=True))

@@ -176,6 +176,7 @@ _MAKERS: dict[Shape, Callable[[_Made], dict[str, Any]]] = {
     "image_messages": lambda made: vision.image_messages_body(made.row, made.names, made.images, made.dropped),
     "image_deepextension": lambda made: vision.deepextension_body(made.row, made.images),
     "image_caption": lambda made: vision.caption_body(made.row, made.names, made.images),
+    "text": lambda made: {"text": filled(made.row[made.names[0]], made.names[0], "text")},
 }
 
 
@@ -211,6 +212,9 @@ def _require_columns(row: Object, layout: RowLayout) -> None:
     )
 
 
+_WITHOUT_IMAGES: tuple[Kind, ...] = ("chat", "chat_tools", "preference", "ranking", "text")
+
+
 def _refuse_other_kinds(row: Object, layout: RowLayout) -> None:
     """Refuse a row whose answers or images would be left out in silence, read as the file's first rows are."""
     if layout.kind in ("chat", "chat_tools", "vision") and {"chosen", "rejected"} <= row.keys():
@@ -226,7 +230,7 @@ def _refuse_other_kinds(row: Object, layout: RowLayout) -> None:
         _refuse_tools(row, layout)
     media = next((name for name in UNREAD_MEDIA if row.get(name)), None)
     if media is None and layout.kind not in ("vision", "caption"):
-        media = image_column(row) if layout.kind in ("chat", "chat_tools", "preference", "ranking") else None
+        media = image_column(row) if layout.kind in _WITHOUT_IMAGES else None
     if media is not None:
         raise RowRefusedError(
             "vision_language",

@@ -39,15 +39,26 @@ class Against:
         return Overlap(dataset=self._name, rows=self._rows, prompts=self._shared, lines=self._lines)
 
 
-def overlap_sentence(overlap: Overlap, rows: int) -> str:
-    """What two datasets have in common, in words; `rows` are the kept ones of the first."""
+def overlap_sentence(overlap: Overlap, rows: int, kind: Kind | None) -> str:
+    """What two datasets have in common, in words; `rows` are the kept ones of the first, `kind` is theirs."""
+    if kind == "text":
+        return _documents_in_common(overlap, rows)
     if not overlap.prompts:
         return f"No row of this dataset asks what a row of {overlap.dataset} asks."
-    lines = ", ".join(f"{line:,}" for line in overlap.lines)
     return (
         f"{overlap.prompts:,} of {rows:,} rows ask what a row of {overlap.dataset} asks, and {overlap.rows:,} of them "
-        f"have its answer too; the first: {'line' if len(overlap.lines) == 1 else 'lines'} {lines}."
+        f"have its answer too; the first: {_lines(overlap)}."
     )
+
+
+def _documents_in_common(overlap: Overlap, rows: int) -> str:
+    if not overlap.rows:
+        return f"No document of this dataset is in {overlap.dataset}."
+    return f"{overlap.rows:,} of {rows:,} documents are in {overlap.dataset} too; the first: {_lines(overlap)}."
+
+
+def _lines(overlap: Overlap) -> str:
+    return f"{'line' if len(overlap.lines) == 1 else 'lines'} {', '.join(f'{line:,}' for line in overlap.lines)}"
 
 
 def _holds(keys: array[int], wanted: int) -> bool:

@@ -32,6 +32,10 @@ _OTHER_FORMATS = {
     ".7z": ("a 7z archive", "pack it as .zip or .tar.gz"),
     ".rar": ("a rar archive", "pack it as .zip or .tar.gz"),
 }
+DOCUMENTS_BY_BLANK_LINES = (
+    "plain text: blank lines separate the documents; to read a whole file as one document, name a folder of .txt files"
+)
+_JSON_START = re.compile(rb'\{\s*(["}]|$)|\[\s*([\["{\]]|$)')
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
@@ -86,6 +90,11 @@ def inspect_file(path: Path) -> FileLayout:
 
 def read_objects(path: Path, layout: FileLayout) -> Iterator[ParsedRow | Problem]:
     """The objects of the file in order, with a Problem in the place of each that is none."""
+    if layout.format == "txt":
+        from tasks.dataset_texts import read_documents
+
+        yield from read_documents(path, layout)
+        return
     if layout.format not in ("json", "jsonl"):
         from tasks.dataset_tables import read_table
 
@@ -157,6 +166,8 @@ def _inspect(path: Path, file: BinaryIO) -> FileLayout:
     if not first:
         raise UserError("the dataset file holds only blank lines", file=path, expected="at least one row")
     suffix = path.suffix.lower()
+    if suffix == ".txt" and not _is_json(file, start):
+        return FileLayout("txt", start, (*notes, DOCUMENTS_BY_BLANK_LINES))
     if first.startswith(b"[") and _lists_by_line(file, start):
         return FileLayout("jsonl", start, (*notes, "each line is a list of turns, read as one row"), lists=True)
     if first.startswith(b"["):
@@ -167,7 +178,8 @@ def _inspect(path: Path, file: BinaryIO) -> FileLayout:
         raise UserError(
             f"the content is not JSON: it starts with {describe(first.decode(errors='replace')[:1])}",
             file=path,
-            expected="JSON Lines (each line an object) or a JSON array of objects; tables are known by their suffix",
+            expected="JSON Lines (each line an object) or a JSON array of objects; tables and plain text (.txt) are "
+            "known by their suffix",
             mend=_TO_JSONL,
         )
     return FileLayout("jsonl", start, tuple(notes))
@@ -196,6 +208,13 @@ def _first_bytes(file: BinaryIO) -> bytes:
         if text := chunk.lstrip():
             return text[:4]
     return b""
+
+
+def _is_json(file: BinaryIO, start: int) -> bool:
+    """Whether the first line begins as JSON does: prose may begin with a bracket too, as in `[Chapter 1]`."""
+    file.seek(start)
+    first = next((line for line in iter(lambda: file.readline(CHUNK_BYTES), b"") if line.strip()), b"")
+    return _JSON_START.match(first.strip()) is not None
 
 
 def _lists_by_line(file: BinaryIO, start: int) -> bool:

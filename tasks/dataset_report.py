@@ -16,6 +16,7 @@ from configs.datasets import (
     DatasetReport,
     Example,
     FieldStatistics,
+    Kind,
     LengthStatistics,
     Overlap,
     Problem,
@@ -126,7 +127,7 @@ def as_html(report: DatasetReport, title: str) -> str:
         _figures(report),
         _section("About the file", _list(report.notes)),
         _section("Refused and skipped", _problems(report)),
-        _section("Overlap", _overlap(report.overlap, report.rows_kept)),
+        _section("Overlap", _overlap(report.overlap, report.rows_kept, report.kind)),
         _section("Lengths in characters", _fields(report.fields)),
         _section("Tokens", _tokens(report.tokens)),
         _section("What training reads", _rendered(report.tokens)),
@@ -223,8 +224,8 @@ def _told(problem: Problem) -> str:
     return f"{_text(problem.message)}{note}"
 
 
-def _overlap(overlap: Overlap | None, rows: int) -> str:
-    return f"<div>{_text(overlap_sentence(overlap, rows))}</div>" if overlap is not None else ""
+def _overlap(overlap: Overlap | None, rows: int, kind: Kind | None) -> str:
+    return f"<div>{_text(overlap_sentence(overlap, rows, kind))}</div>" if overlap is not None else ""
 
 
 def _fields(fields: Mapping[str, FieldStatistics]) -> str:
@@ -327,7 +328,7 @@ def as_markdown(report: DatasetReport, title: str) -> str:
     parts = [f"# {_plain(title)}", _markdown_table(("Dataset", _plain(title)), counts)]
     parts += [f"- {_plain(note)}" for note in report.notes]
     if report.overlap is not None:
-        parts.append(_plain(overlap_sentence(report.overlap, report.rows_kept)))
+        parts.append(_plain(overlap_sentence(report.overlap, report.rows_kept, report.kind)))
     if report.problems:
         told = [(f"{item.kind} ({item.count:,})", _where(item), item.message) for item in report.problems]
         parts += ["## Refused and skipped", _markdown_table(("Problem", "Where", "What"), told)]

@@ -57,7 +57,7 @@ def parts(kind: Kind, body: Body) -> list[Part]:
         ranked = zip(body["answers"], body["scores"], strict=True)
         return [*_asked(body), *(Part("answer", f"answer, score {score:g}", text, True) for text, score in ranked)]
     texts = {name: str(value) for name, value in body.items() if name != "image"}
-    return [Part(name, name, text, name in ("caption", "score")) for name, text in texts.items()]
+    return [Part(name, name, text, name in ("caption", "score", "text")) for name, text in texts.items()]
 
 
 def _asked(body: Body) -> list[Part]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from configs.datasets import KIND_OF_SHAPE, Columns, Kind, RequestedShape, Shape
+from configs.datasets import KIND_OF_SHAPE, TEXT_COLUMNS, Columns, Kind, RequestedShape, Shape
 from configs.errors import UserError
 from tasks.dataset_fields import listing, nearest
 from tasks.dataset_preferences import PROMPT_COLUMNS, RANKED_COLUMNS
@@ -31,6 +31,17 @@ _NEGATIVES = ("negative", "neg")
 _SENTENCES = (("sentence1", "sentence2"), ("text1", "text2"))
 _SCORES = ("score", "scores")
 _LIKENESS = ("score", "similarity", "label")
+_OF_OTHER_SHAPES = {
+    *(name for pair in PLAIN_PAIRS for name in pair),
+    *(name for pair in _SENTENCES for name in pair),
+    *_ANCHORS,
+    *_POSITIVES,
+    *PROMPT_COLUMNS,
+    *RANKED_COLUMNS,
+    *("messages", "conversations", "role", "from", "output", "chosen", "rejected", "context", "target", "targets"),
+    *("label", "labels", "标签"),
+}
+"""With one of these beside it, a text is more likely part of something else than a document."""
 _LISTED = "turns"  # what the reader calls a line that is a list
 _OWN_COLUMNS = Columns()
 _ALPACA = Columns(prompt="instruction", completion="output")
@@ -39,7 +50,8 @@ _ACCEPTED = (
     "Alpaca (instruction, output), ShareGPT (conversations), Qianfan (prompt, response), Pangu (context, target), "
     "tool calls (messages or conversations with tools, xLAM's query/answers/tools, Glaive's system/chat), "
     "chosen/rejected, a prompt with answers and scores, anchor/positive with or without negative, "
-    "sentence1/sentence2/score, or an image with messages, with question and answer, or with a caption"
+    "sentence1/sentence2/score, an image with messages, with question and answer, or with a caption, "
+    "or documents in a column text (or content)"
 )
 
 Object = dict[str, object]
@@ -73,6 +85,8 @@ def choose_layout(source: Source, columns: Columns | None, shape: RequestedShape
     """
     columns = columns or Columns()
     named = columns.prompt is not None or columns.completion is not None
+    if shape == "text" and columns.completion and not columns.prompt:
+        return RowLayout("text", (columns.completion,), columns, named=True)
     if named and shape not in ("auto", "prompt_completion", "image_question"):
         raise UserError(
             f"columns are named, but rows of the shape {shape} have columns of their own",
@@ -94,6 +108,9 @@ def choose_layout(source: Source, columns: Columns | None, shape: RequestedShape
             raise _ambiguous(source, item, candidates)
         if candidates:
             return _richest(candidates[0], layouts)
+    document = None if named else _document(sample, shape)
+    if document is not None:
+        return document
     if shape != "auto" and shape in _FIXED:
         return RowLayout(shape, _fixed_names(shape, sample[0].value))
     raise _unrecognised(source, sample[0], columns, shape)
@@ -121,6 +138,17 @@ def _candidates(row: Object, columns: Columns, shape: RequestedShape) -> list[Ro
         if found:
             return found
     return []
+
+
+def _document(sample: Sequence[ParsedRow], shape: RequestedShape) -> RowLayout | None:
+    """The layout of rows that are documents; None if they are not. Looked for last: a text beside others is extra."""
+    if shape not in ("auto", "text"):
+        return None
+    for item in sample:
+        column = _first(item.value, TEXT_COLUMNS)
+        if column is not None and (shape == "text" or not _OF_OTHER_SHAPES & item.value.keys()):
+            return RowLayout("text", (column,))
+    return None
 
 
 def _richest(chosen: RowLayout, layouts: Sequence[list[RowLayout]]) -> RowLayout:
@@ -334,6 +362,8 @@ def _unrecognised(source: Source, item: ParsedRow, columns: Columns, shape: Requ
         problem = f"there is no column {missing[0]!r}{nearest(missing[0], there)}; there are: {listing(there)}"
     elif wanted:
         problem = f"only the column {wanted[0]!r} is named, and the other is not clear among: {listing(there)}"
+    elif shape == "auto" and _first(item.value, TEXT_COLUMNS):
+        mend = f"{mend}, or set the shape to text if each row is a document"
     elif shape != "auto":
         problem = f"the first rows do not have the columns of the shape {shape}; theirs are: {listing(there)}"
         expected = f"rows of the shape {shape}"

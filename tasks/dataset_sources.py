@@ -18,6 +18,7 @@ from configs.datasets import Problem
 from configs.errors import UserError
 from tasks.dataset_images import FILE_SUFFIXES
 from tasks.dataset_reading import FileLayout, ParsedRow, inspect_file, read_objects, shown
+from tasks.dataset_texts import read_files, text_files
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
@@ -68,6 +69,8 @@ def read_source(source: Source) -> Iterator[ParsedRow | Problem]:
     """The rows of a source in order, with a Problem in the place of each that is none."""
     if source.layout.format == "images":
         yield from _read_captions(source.path)
+    elif source.layout.format == "txt_files":
+        yield from read_files(source.path)
     else:
         yield from read_objects(source.path, source.layout)
 
@@ -88,10 +91,14 @@ def _folder_source(folder: Path, name: str, top: Path) -> Source:
     if chosen:
         return Source(chosen[0], folder, f"{name}{chosen[0].relative_to(top)}", inspect_file(chosen[0]))
     if not _images(folder, first=True):
+        if any(file.stat().st_size for file in text_files(folder)):
+            note = "plain text: each .txt file is a document"
+            return Source(folder, folder, name, FileLayout("txt_files", 0, (note,)))
         raise UserError(
             "the folder holds no file of rows and no images",
             file=folder,
-            expected=f"one of {', '.join(DATA_SUFFIXES)}, or images, each with its caption in a .txt file",
+            expected=f"one of {', '.join(DATA_SUFFIXES)}, images, each with its caption in a .txt file, or .txt files "
+            "that are a document each",
             mend="name the file of the rows",
         )
     note = "each image has its caption in the .txt file of its name"

@@ -16,7 +16,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.datasets import Problem
+from configs.datasets import TEXT_COLUMNS, Problem
 from configs.errors import UserError
 from tasks.dataset_reading import (
     MAX_ROW_BYTES,
@@ -92,7 +92,7 @@ def _delimiter(path: Path, first: bytes) -> str:
     outside = b"".join(first.split(b'"')[::2])
     counts = {delimiter: outside.count(delimiter.encode()) for delimiter in _DELIMITERS}
     best = max(counts, key=lambda delimiter: counts[delimiter])
-    if counts[best] == 0:
+    if counts[best] == 0 and first.decode(errors="replace").strip().strip('"') not in TEXT_COLUMNS:
         raise UserError(
             "the first line has no separator, so there is only one column",
             file=path,

@@ -17,6 +17,7 @@ from tasks.dataset_rows import key_of_line
 from tasks.dataset_tally import EXAMPLES, length_statistics
 from tasks.files import last_lines
 from tasks.model_server import TOOLKIT, server_environment
+from tasks.remote_code import code_variables
 
 BaseFolder = tuple[str, Path]
 """A base model: its name, and the folder with its tokenizer."""
@@ -92,12 +93,13 @@ def _render(rows: Iterable[bytes], kind: Kind, model: str, folder: Path) -> list
     with tempfile.TemporaryDirectory(prefix="tuneline-render-") as scratch:
         asked, answered, log = (Path(scratch) / name for name in ("rows.jsonl", "rendered.json", "log"))
         asked.write_bytes(b"".join(rows))
+        code = code_variables(folder, Path(scratch, "modules"))
         words = [sys.executable, TOOLKIT / "render_rows.py", folder, kind, asked, answered]
         try:
             with log.open("wb") as out:
                 subprocess.run(
                     list(map(str, words)),
-                    env=server_environment({"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}),
+                    env=server_environment({"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", **code}),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,

@@ -14,6 +14,7 @@ from typing import Any
 from configs.datasets import (
     IMAGES_FOLDER,
     KIND_TITLES,
+    TEXT_COLUMNS,
     Columns,
     DatasetReport,
     DatasetVersion,
@@ -24,6 +25,7 @@ from configs.datasets import (
 )
 from configs.errors import UserError
 from configs.settings import load_settings
+from methods.registry import load_methods
 from tasks.dataset_conversion import Row, convert_rows, read_rows
 from tasks.dataset_images import ImageFolder
 from tasks.dataset_overlap import Against, overlap_sentence
@@ -108,7 +110,9 @@ def describe_datasets(
         report = describe_version(versions["dataset"], against)
     reports["dataset"] = report
     if report.overlap is not None and report.overlap.prompts:
-        warnings.append(f"the training rows are not apart: {overlap_sentence(report.overlap, report.rows_kept)}")
+        warnings.append(
+            f"the training rows are not apart: {overlap_sentence(report.overlap, report.rows_kept, report.kind)}"
+        )
     return reports, warnings
 
 
@@ -200,12 +204,21 @@ def _require_kind(kind: Kind, wanted: Wanted, **place: Any) -> None:
     if kind in wanted.kinds:
         return
     accepted = " or ".join(KIND_TITLES[each] for each in wanted.kinds)
+    asked = f"; documents are read from a column {' or '.join(TEXT_COLUMNS)}, or from .txt files"
     raise UserError(
         f"these are {KIND_TITLES[kind]}; {wanted.by} takes {accepted}",
         **place,
-        expected=accepted,
-        mend="name another dataset, or a method for these rows (`tuneline methods list`)",
+        expected=f"{accepted}{asked if 'text' in wanted.kinds else ''}",
+        mend=f"name another dataset, or a method for these rows: {_methods_for(kind)}",
     )
+
+
+def _methods_for(kind: Kind) -> str:
+    """The methods that train on rows of a kind, as a train file names them."""
+    found: list[str] = []
+    with contextlib.suppress(UserError):  # a defective manifest is another fault than that of the rows
+        found = [f"method: {method.name}" for method in load_methods().values() if kind in method.kinds]
+    return ", ".join(found) or "`tuneline methods list` shows what each method takes"
 
 
 def list_datasets() -> list[DatasetVersion]:
@@ -367,7 +380,7 @@ def _looks_like_path(reference: str | Path) -> bool:
 
 
 def _names_data_file(text: str) -> bool:
-    return text.lower().endswith((*DATA_SUFFIXES, *ARCHIVES))
+    return text.lower().endswith((*DATA_SUFFIXES, *ARCHIVES, ".txt"))
 
 
 def _unknown_dataset(reference: str, name: str, names: list[str]) -> UserError:

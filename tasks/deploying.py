@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
 
-from configs.endpoints import Endpoint, Probe, Quantization, RequestProbe, Target
+from configs.endpoints import APPLIED_SETTINGS, Endpoint, Probe, Quantization, RequestProbe, Target
 from configs.errors import UserError
 from configs.records import ModelRecord
 from methods.registry import Method, find_method
 from tasks import endpoints, models
+from tasks.hardware import ask_hardware
 from tasks.inference import Answer, Generation, answer_prompts, answer_requests
 from tasks.serving_checks import verify_prompts
 from tasks.serving_requests import predicted
+from tasks.stages import phase_event
 from tasks.targets import TARGETS
 
 PROBE_TOKENS = 48
@@ -61,7 +64,9 @@ def deploy_model(
     if model.stage != "base":
         # Before the switch: a registry that does not answer must not be left behind what is deployed.
         model = models.register_model(model)
-    probes = collect_probes(model, on_events)
+    on_events([phase_event("asking the model for its own answers")])
+    probes = collect_probes(model, chosen, on_events)
+    on_events([phase_event("starting the server and comparing its prompts and answers")])
     served = endpoints.deploy(
         endpoint or endpoint_name(model.line),
         model.name,
@@ -73,10 +78,21 @@ def deploy_model(
         program=program,
         base_path=model.base_path if model.adapter else None,
         port=port,
-        dtype=model.dtype,
+        dtype=_served_dtype(model, chosen),
     )
     models.set_alias(model, "deployed")
     return served
+
+
+def _served_dtype(model: ModelRecord, target: Target) -> str:
+    """The number type that the server loads the model in: that of the model's own answers.
+
+    `auto` means the checkpoint's own to `transformers serve`, which a processor may only emulate.
+    """
+    if model.dtype != "auto" or target != "transformers":
+        return model.dtype
+    found = ask_hardware(Path(sys.executable))
+    return found.auto_inference if found is not None else model.dtype
 
 
 def check_target(method: Method, target: str | None) -> Target:
@@ -99,10 +115,11 @@ def endpoint_name(line: str) -> str:
 
 
 def collect_probes(
-    model: ModelRecord, on_events: Callable[[list[dict[str, Any]]], None]
+    model: ModelRecord, target: Target, on_events: Callable[[list[dict[str, Any]]], None]
 ) -> list[Probe] | list[RequestProbe]:
     """Prompts with the token ids of training and the model's own greedy answers; requests if it does not chat.
 
+    The answers are made with the settings of the model's generation_config that the target applies at temperature 0.
     A base model was not trained here: its probes are general ones, answered by its own inference stage.
     """
     file = model.path / _PROBES_FILE
@@ -115,7 +132,8 @@ def collect_probes(
     asked = [_asked(probe) for probe in stored] or [{"messages": messages} for messages in _UNTRAINED_PROBES]
     # One at a time, as the server answers them: a batch pads, and padding can turn a near tie of two tokens.
     tokens = _TOOL_PROBE_TOKENS if any("tools" in each for each in asked) else PROBE_TOKENS
-    answers = _answers(model, asked, Generation(max_new_tokens=tokens, batch_size=1), on_events)
+    generation = Generation(max_new_tokens=tokens, batch_size=1, model_settings=APPLIED_SETTINGS[target])
+    answers = _answers(model, asked, generation, on_events)
     probes = [
         Probe(
             **request,

@@ -53,6 +53,7 @@ from tasks.model_server import (
 )
 from tasks.serving_checks import verify_answers, verify_prompts
 from tasks.serving_requests import verify_requests
+from tasks.serving_settings import settings_notes
 from tasks.targets import TARGETS, TargetFile
 
 _LOCK_TIMEOUT = 600.0
@@ -244,6 +245,7 @@ def _bring_up(
         chats = [probe for probe in probes if isinstance(probe, Probe)]
         requests = [probe for probe in probes if isinstance(probe, RequestProbe)]
         rendered = _start(work, deployment, target, served, chats, start_timeout)
+        deployment.notes = list(dict.fromkeys([*deployment.notes, *settings_notes(deployment)]))
         if chats:
             if rendered is not None:
                 verify_prompts(chats, rendered)

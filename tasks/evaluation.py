@@ -22,7 +22,7 @@ from methods.toolkit.tool_parsing import as_text, calls_of_message
 from tasks import models, tracking
 from tasks.asking import ask_endpoint
 from tasks.files import read_record
-from tasks.inference import Answer, Generation, answer_requests
+from tasks.inference import Answer, Generation, Speed, measured_requests
 from tasks.models import logged_model_id
 from tasks.scored_files import slice_name
 from tasks.scoring import score_rows, summarise
@@ -41,9 +41,15 @@ class Evaluation(BaseModel):
     hit_limit: int
     thoughts: int = Field(default=0, description="Answers with a thought before them, which is not scored.")
     perplexity: float | None = Field(default=None, description="Of the references, by token; None: not asked for.")
+    speed: Speed | None = Field(default=None, description="How fast it answered; None: it did not tell.")
     predictions: list[dict[str, Any]]
     row_scores: list[RowScores] = Field(
         default_factory=list, description="Of each answer, in the same order; `row` counts the dataset's rows."
+    )
+    generation: dict[str, Any] = Field(
+        default_factory=dict,
+        description="How answers were made: `settings`, and in `not_used` those of the model's generation_config "
+        "that did not count. Of an endpoint: what it was asked.",
     )
     run_id: str | None = Field(default=None, description="MLflow run, if it was recorded in one of its own.")
     failed: dict[int, str] = Field(
@@ -79,8 +85,10 @@ def evaluate(
         for row, request in zip(rows, requests, strict=True):
             wanted = row["messages"][-1]
             request["reference"] = wanted if wanted.get("tool_calls") else text_of(wanted)
-    answers = [Answer.model_validate(each) for each in answer_requests(model, requests, generation, on_events)]
-    return score_answers(model.name, version, rows, answers, options)
+    predictions, how = measured_requests(model, requests, generation, on_events)
+    answers = [Answer.model_validate(each) for each in predictions]
+    found = score_answers(model.name, version, rows, answers, options)
+    return found.model_copy(update={"speed": how, "generation": how.generation if how is not None else {}})
 
 
 def _request(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -251,7 +259,9 @@ def evaluate_and_record(
     """Score a model in an MLflow run of its own: scores, predictions, the dataset, the model's name."""
     outcome = evaluate(model, version, generation, samples, on_events, options, perplexity=perplexity)
     named = {"tuneline.model": model.name, **(tags or {})}
-    with recording(model.name, version, named, {"model": model.name, **generation.model_dump()}) as run_id:
+    asked = generation.model_dump(exclude={"model_settings"})
+    parameters = {"model": model.name, **asked, **outcome.generation.get("settings", {})}
+    with recording(model.name, version, named, parameters) as run_id:
         keep_evaluation(run_id, outcome, "tuned" if model.stage != "base" else "base", logged_model_id(model))
     return outcome.model_copy(update={"run_id": run_id})
 
@@ -296,7 +306,9 @@ def evaluate_endpoint(
     rows = read_rows(version.path, samples)
     asked = [asked_of_endpoint(row, version.path.parent) for row in rows]
     answers = ask_endpoint(endpoint, asked, generation, on_events)
+    asked_for = {"max_new_tokens": generation.max_new_tokens, "temperature": generation.temperature}
     outcome = score_answers(deployment.model, version, rows, answers, options)
+    outcome = outcome.model_copy(update={"generation": {"settings": asked_for}})
     named = {
         "tuneline.model": model.name,
         "tuneline.deployed_model": deployment.model,
@@ -308,8 +320,7 @@ def evaluate_endpoint(
         "model": deployment.model,
         "target": deployment.target,
         "quantization": deployment.quantization or "none",
-        "max_new_tokens": generation.max_new_tokens,
-        "temperature": generation.temperature,
+        **asked_for,
     }
     with recording(deployment.model, version, named, parameters) as run_id:
         keep_evaluation(run_id, outcome, "deployed")
@@ -317,10 +328,17 @@ def evaluate_endpoint(
 
 
 def keep_evaluation(run_id: str, outcome: Evaluation, which: str, model_id: str | None = None) -> None:
-    """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table."""
+    """Record scores as metrics (of the logged model too), and every prompt, reference and answer as a table.
+
+    How answers were made is in the file of the scores and in a tag.
+    """
     figures = {f"{name}_{which}": value for name, value in outcome.figures.items()}
     tracking.log_scores(run_id, figures, model_id)
+    if outcome.speed is not None:
+        tracking.log_scores(run_id, {f"tokens_per_second_{which}": outcome.speed.tokens_per_second})
     client = tracking.mlflow_client()
+    if outcome.generation:
+        client.set_tag(run_id, f"tuneline.generation_{which}", json.dumps(outcome.generation, sort_keys=True)[:5000])
     scores = outcome.model_dump(mode="json", exclude={"predictions", "row_scores"})
     client.log_dict(run_id, scores, f"evaluation/scores_{which}.json")
     rows = outcome.predictions

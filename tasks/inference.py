@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.errors import UserError
 from configs.records import ModelRecord
@@ -22,9 +22,11 @@ from configs.train import TemplateVariables, ThinkingMode
 from methods.registry import StageName, find_method
 from methods.toolkit.tool_parsing import Parsed, parse_calls
 from tasks.gpus import borrowing_slot
+from tasks.remote_code import allowed_digests
 from tasks.stages import StageJob, run_stage
 
 Message = dict[str, Any]
+_USUAL_BATCH = 16
 
 
 class Generation(BaseModel):
@@ -36,16 +38,39 @@ class Generation(BaseModel):
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=50, ge=0)
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int | Literal["auto"] = Field(default="auto", description="Rows at a time; auto: by the free memory.")
+    model_settings: tuple[str, ...] = Field(
+        default=(), description="Settings that the model's own generation_config decides, as at a server; else none."
+    )
     seed: int = Field(default=42, ge=0)
     thinking: ThinkingMode = Field(default="auto", description="Whether answers have a thought; auto: as the template.")
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
     template_date: date | None = Field(default=None, description="Date that templates print; None: today.")
 
-    @property
     def parameters(self) -> dict[str, Any]:
-        """What an inference stage is given as parameters."""
-        return self.model_dump(exclude={"seed", "template_date"})
+        """What an inference stage is given; `batch_size` is a number for stages that do not go by the memory."""
+        given = self.model_dump(exclude={"seed", "template_date"})
+        return given | {
+            "batch_size": _USUAL_BATCH if self.batch_size == "auto" else self.batch_size,
+            "batch_size_by_memory": self.batch_size == "auto",
+        }
+
+
+class Speed(BaseModel):
+    """How an inference stage answered, and how fast, by its own word."""
+
+    tokens: int
+    seconds: float = Field(description="Of the whole stage after its model was loaded.")
+    tokens_per_second: float = Field(description="Tokens of the answers in a second of making them.")
+    batch_size: int | None = Field(default=None, description="Rows at a time.")
+    dtype: str | None = Field(default=None, description="Number type that the model was loaded in.")
+    generation: dict[str, Any] = Field(default_factory=dict, description="Settings that answers were made with.")
+
+    def in_words(self) -> str:
+        """One line for the terminal."""
+        batch = f", {self.batch_size} rows at a time" if self.batch_size is not None else ""
+        dtype = f", {self.dtype}" if self.dtype is not None else ""
+        return f"{self.tokens} tokens in {self.seconds:.0f} s ({self.tokens_per_second:.1f} tokens/s{batch}{dtype})"
 
 
 class Answer(BaseModel):
@@ -98,22 +123,41 @@ def answer_requests(
     on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
     keep: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """What the model's inference stage makes of requests of its kind, in order.
+    """What the model's inference stage makes of requests of its kind, in order; see `measured_requests`."""
+    return measured_requests(model, requests, generation, on_events, keep)[0]
 
-    Pictures that it makes are moved to the folder `keep`. Raises UserError, StageFailed, StageCancelled.
+
+def measured_requests(
+    model: ModelRecord,
+    requests: Sequence[Mapping[str, Any]],
+    generation: Generation,
+    on_events: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    keep: Path | None = None,
+) -> tuple[list[dict[str, Any]], Speed | None]:
+    """What the model's inference stage makes of requests, in order, and how it says that it has made them.
+
+    The latter is None for a stage that does not say. Pictures that it makes are moved to the folder `keep`. Raises
+    UserError, StageFailed, StageCancelled.
     """
     with _work_folder() as work:
         file = work / "requests.jsonl"
         lines = [json.dumps(request, ensure_ascii=False) + "\n" for request in requests]
         file.write_text("".join(lines), encoding="utf-8")
-        _run(work, model, {"requests": str(file)}, generation, on_events)
+        result = _run(work, model, {"requests": str(file)}, generation, on_events)
         text = (work / "output" / "predictions.jsonl").read_text(encoding="utf-8")
         predictions: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n")[:-1]]
         if keep is not None:
             for number, each in enumerate(predictions, start=1):
                 if "image" in each:
                     each["image"] = str(_moved(Path(each["image"]), keep, number))
-    return predictions
+    return predictions, _speed(result)
+
+
+def _speed(result: Mapping[str, Any]) -> Speed | None:
+    try:
+        return Speed.model_validate(result)
+    except ValidationError:  # a stage of the user's own need not report it
+        return None
 
 
 def measure_rows(
@@ -154,8 +198,13 @@ def _run(
     method, stage = find_method(model.method), inference_stage(model)
     job = StageJob(
         stage=stage,
-        parameters={**generation.parameters, "dtype": model.dtype},
-        inputs={**inputs, **_weights(model), "date": _date(generation)},
+        parameters={**generation.parameters(), "dtype": model.dtype},
+        inputs={
+            **inputs,
+            **_weights(model),
+            "date": _date(generation),
+            "remote_code": allowed_digests([model.base_path, model.path]),
+        },
         output=work / "output",
         seed=generation.seed,
     )

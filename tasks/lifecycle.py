@@ -26,7 +26,7 @@ from deployments import alerts
 from deployments.forms import Through, mark_copied, resolve_form
 from deployments.guard import guard_embedded_server
 from methods.registry import find_method
-from tasks import cancelling, deploying, models, resuming, tracking, trains
+from tasks import cancelling, deploying, models, resuming, tracking, train_checkpoints, trains
 from tasks.gpus import release_slots
 from tasks.progress import TerminalLine, showing
 from tasks.stages import StageCancelled, StageKilled
@@ -327,7 +327,8 @@ def _close(train_id: str, status: TrainStatus, reason: str | None = None) -> Non
 )
 def fetch_base(record: TrainRecord) -> TrainRecord:
     """Bring the base model to this host; returns the record with its folder."""
-    return trains.fetch_base(record)
+    with showing("fetching the base", "base-model-progress") as progress:
+        return trains.fetch_base(record, progress.follow)
 
 
 @task(name="prepare datasets", cache_policy=NO_CACHE)
@@ -409,6 +410,16 @@ def save_complete(model: ModelRecord) -> ModelRecord:
     """Merge and verify; returns the complete model."""
     with showing("saving", "saving-progress") as progress:
         return trains.save_complete(model, progress.follow)
+
+
+@task(name="save checkpoint", retries=1, retry_condition_fn=_was_killed, cache_policy=NO_CACHE)
+def save_checkpoint(reference: str, checkpoint: str) -> ModelRecord:
+    """Make the model of an earlier checkpoint of a train; returns its adapter, or its full weights to be saved."""
+    guard_embedded_server()
+    record = train_checkpoints.train_of(reference)
+    step = train_checkpoints.chosen_step(record, checkpoint)
+    with showing("checkpoint", "checkpoint-progress") as progress:
+        return train_checkpoints.save_checkpoint(record, step, progress.follow)
 
 
 @task(name="evaluate base model", retries=1, retry_condition_fn=_was_killed, cache_policy=NO_CACHE)

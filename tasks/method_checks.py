@@ -381,7 +381,7 @@ class _Kit:
             "check",
             model.name,
             model.path,
-            probes=deploying.collect_probes(model, lambda events: None),
+            probes=deploying.collect_probes(model, "custom", lambda events: None),
             target="custom",
             python=self.method.stage_python("deploying"),
             program=self.method.stage_file("deploying"),

@@ -80,6 +80,12 @@ def method_inputs(config: TrainConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def model_folders(inputs: dict[str, dict[str, Any]]) -> list[Path]:
+    """The folders that the models among a method's inputs are loaded from."""
+    named = [model[name] for model in inputs["models"].values() for name in ("path", "base_model")]
+    return [Path(folder) for folder in named if folder is not None]
+
+
 def _given(config: TrainConfig, kind: str) -> dict[str, str]:
     """The values of the method's parameters of this format that are set, by name."""
     parameters = find_method(config.method).parameters

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from tasks.remote_code import refuse_code
 
 TOKENIZER_FILES = frozenset(
     {
@@ -79,7 +80,7 @@ def base_of_adapter(path: Path) -> Path:
 
 
 def complete_model_only(path: Path, target: str) -> None:
-    """Refuse an adapter for a target that serves one file of weights. Raises UserError."""
+    """Refuse an adapter, and a model with its own code, for a target that serves one file. Raises UserError."""
     if is_adapter(path):
         raise UserError(
             f"the target '{target}' serves complete models only, and this is an adapter",
@@ -87,6 +88,7 @@ def complete_model_only(path: Path, target: str) -> None:
             value=path.name,
             mend="`tuneline save` makes the complete model",
         )
+    refuse_code(path, target)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import psutil
 from configs.endpoints import API_KEY_VARIABLE, Deployment, Endpoint, ProcessReference
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT, load_settings
+from methods.toolkit import remote_code
 from tasks.files import last_lines, write_record
 from tasks.processes import OUTLIVES_VARIABLE, find_process, process_start, with_descendants
 
@@ -98,7 +99,9 @@ def server_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     gpus = load_settings().endpoint_gpus
     devices = {"CUDA_VISIBLE_DEVICES": gpus, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus is not None else {}
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return kept | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **devices, **(extra or {})}
+    fixed = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # A consent in our own environment counts for nothing.
+    return kept | remote_code.variables([], Path()) | fixed | devices | dict(extra or {})
 
 
 def guarded(work: EndpointWork, command: Sequence[str | Path]) -> list[str]:

@@ -15,6 +15,7 @@ from configs.records import ModelRecord
 from configs.scoring import SCORE_TITLES
 from configs.settings import Settings, load_settings
 from tasks.files import read_record, write_record
+from tasks.stages import EventHandler
 from tasks.tracking import code_version, experiment_id, mlflow_client
 
 RECORD_FILE = "tuneline.json"
@@ -135,6 +136,7 @@ def _lineage(record: ModelRecord) -> dict[str, str]:
         "parent": record.parent,
         "train": record.train,
         "dataset": record.dataset,
+        "step": None if record.step is None else str(record.step),
         "uri": record.path.as_uri(),
         "code_version": code_version(),
     }
@@ -198,10 +200,10 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
     folder = Path(reference).expanduser().absolute()
     of_train = [record for record in models.values() if record.train == reference or record.path == folder]
     if of_train:
-        return of_train[-1]
+        return _newest(of_train)
     of_line = [record for record in models.values() if record.line == reference and record.stage != "base"]
     if of_line:
-        return of_line[-1]
+        return _newest(of_line)
     if _is_base(reference, settings):
         return base_record(reference, settings)
     known = [*models, *load_base_models(settings)]
@@ -213,6 +215,11 @@ def find_model(reference: str, settings: Settings | None = None) -> ModelRecord:
         expected="the name of a model, LINE@ALIAS, a train, a base model, a folder or a hub id",
         mend=f"did you mean {' or '.join(near)}?" if near else "`tuneline models list` shows them",
     )
+
+
+def _newest(found: list[ModelRecord]) -> ModelRecord:
+    """The newest model of a train or line; one that was made of a checkpoint by itself only where there is no other."""
+    return next((each for each in reversed(found) if not each.from_checkpoint), found[-1])
 
 
 def own_base(reference: str, settings: Settings) -> ModelRecord | None:
@@ -232,7 +239,7 @@ def own_base(reference: str, settings: Settings) -> ModelRecord | None:
     return record
 
 
-def base_folder(reference: str, settings: Settings) -> tuple[str, Path]:
+def base_folder(reference: str, settings: Settings, on_events: EventHandler = lambda events: None) -> tuple[str, Path]:
     """Name and folder of what a train starts from: a complete model of one's own, or a base model, fetched if need be.
 
     Raises UserError if there is none.
@@ -240,7 +247,7 @@ def base_folder(reference: str, settings: Settings) -> tuple[str, Path]:
     own = own_base(reference, settings)
     if own is not None:
         return own.name, own.path
-    base = base_record(reference, settings)
+    base = base_record(reference, settings, on_events)
     return base.name, base.path
 
 
@@ -267,12 +274,12 @@ def _is_base(reference: str, settings: Settings) -> bool:
     return True
 
 
-def base_record(reference: str, settings: Settings) -> ModelRecord:
-    """A base model as a model record, its weights fetched if need be."""
+def base_record(reference: str, settings: Settings, on_events: EventHandler = lambda events: None) -> ModelRecord:
+    """A base model as a model record, its weights fetched if need be; `on_events` is given the phases of that."""
     from tasks.base_models import fetch_base_model
 
     entry = find_base_model(reference, settings)
-    path = fetch_base_model(entry, settings)
+    path = fetch_base_model(entry, settings, on_events)
     method = _METHOD_OF_TYPE[entry.type]
     return ModelRecord(
         name=entry.name, stage="base", path=path, line=entry.name, base=entry.name, base_path=path, method=method

@@ -13,6 +13,7 @@ _Points = list[tuple[int, float]]
 # What is learned stands first, how it was learned after it. A panel that has no points is left out.
 _PANELS = (
     ("Loss", ("loss", "eval_loss")),
+    ("Perplexity", ("eval_perplexity",)),
     ("Reward", ("reward", "eval_reward")),
     ("Reward margin", ("reward_margin", "eval_reward_margin")),
     ("Reward accuracy", ("reward_accuracy", "eval_reward_accuracy")),
@@ -117,7 +118,7 @@ def _marker(points: _Points) -> str | None:
 def _panels(curves: dict[str, _Points]) -> list[tuple[str, tuple[str, ...]]]:
     """The panels in their order; the rewards of the single functions stand together, behind the whole reward."""
     single = tuple(name for name in curves if name.startswith("reward_") and name not in _NOT_FUNCTIONS)
-    return [*_PANELS[:2], ("Reward functions", single), *_PANELS[2:]]
+    return [*_PANELS[:3], ("Reward functions", single), *_PANELS[3:]]
 
 
 def _present(curves: dict[str, _Points], names: tuple[str, ...]) -> dict[str, _Points]:

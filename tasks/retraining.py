@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from configs.datasets import Columns, DatasetVersion
+from configs.datasets import KIND_TITLES, Columns, DatasetVersion
 from configs.endpoints import Endpoint
 from configs.errors import UserError
 from configs.records import ModelRecord, TrainRecord
@@ -29,10 +29,12 @@ from configs.strict_yaml import read_yaml
 from configs.train import Slug, TrainConfig
 from methods.registry import StageName, find_method
 from tasks import deploying, endpoints, events, models, tracking, trains
+from tasks.dataset_rows import body_of
 from tasks.datasets import add_dataset, find_dataset, resolve_dataset
 from tasks.evaluation import Evaluation, evaluate, keep_evaluation, kept_evaluation
 from tasks.files import held, read_record, write_record, write_text
 from tasks.inference import Generation
+from tasks.measuring import TEXT_KINDS
 from tasks.promotion import compare_rows
 from tasks.scoring import score_rows
 from tasks.tracking import code_version
@@ -103,8 +105,20 @@ def resolve_policy(line: str, given: Mapping[str, Any]) -> RetrainPolicy:
     if "@" not in str(content["evaluation_dataset"]):
         content["evaluation_dataset"] = resolve_dataset(str(content["evaluation_dataset"])).reference
     policy = _checked_policy(content, None)
-    find_dataset(policy.evaluation_dataset)
+    _require_answers(find_dataset(policy.evaluation_dataset))
     return policy
+
+
+def _require_answers(version: DatasetVersion) -> None:
+    """Refuse held-out rows that no model answers with a text: champion and challenger are compared row by row."""
+    if version.kind not in TEXT_KINDS:
+        raise UserError(
+            f"these are {KIND_TITLES[version.kind]}; champion and challenger are compared by their answers to rows",
+            field="evaluation_dataset",
+            value=version.reference,
+            expected=" or ".join(KIND_TITLES[kind] for kind in TEXT_KINDS),
+            mend="name held-out rows with answers; `tuneline evaluate MODEL MODEL --dataset ROWS` measures the others",
+        )
 
 
 def _checked_policy(content: Mapping[str, Any], file: Path | None) -> RetrainPolicy:
@@ -370,7 +384,9 @@ def _unseen_rows(version: DatasetVersion, rows: int, trained_on: tuple[str | Non
 
 
 def _row_key(line: bytes) -> bytes:
-    return hashlib.sha256(json.dumps(json.loads(line)["messages"], sort_keys=True).encode()).digest()
+    row = json.loads(line)
+    content = row.get("messages", body_of(row))  # a line that was trained on documents is compared on conversations
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
 def _record_evaluation(

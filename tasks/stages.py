@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from configs.errors import UserError
 from configs.settings import PROJECT_ROOT
 from methods import contract, supervisor
+from methods.toolkit import remote_code
 from tasks import cancelling
 from tasks.files import last_lines
 from tasks.gpus import slot_descriptors, stage_variables
@@ -31,6 +32,7 @@ _POLL_SECONDS = 0.25
 # A killed process is gone from the list of processes a moment before it lets go of its files.
 _LOCK_SECONDS = 1.0
 _KEPT_FROM_STAGES = ("PREFECT_", "MLFLOW_", "TUNELINE_")
+_GIVEN_TO_STAGES = ("TUNELINE_NATIVE_BFLOAT16",)  # methods.toolkit.hardware reads it in the stage
 
 
 class StageJob(BaseModel):
@@ -58,11 +60,21 @@ class _Progress(_Event):
     type: Literal["progress"]
     step: int
     total: int
+    part: float = Field(default=0.0, ge=0, le=1)
+    note: str = ""
 
 
 class _Phase(_Event):
     type: Literal["phase"]
     name: str
+
+
+class _Resolved(_Event):
+    type: Literal["resolved"]
+    name: str
+    value: str
+    origin: str
+    reason: str
 
 
 class _Warning(_Event):
@@ -75,9 +87,13 @@ class _Artifact(_Event):
     path: str
 
 
-_EVENT: TypeAdapter[_Metrics | _Progress | _Phase | _Warning | _Artifact] = TypeAdapter(
-    Annotated[_Metrics | _Progress | _Phase | _Warning | _Artifact, Field(discriminator="type")]
-)
+_AnyEvent = _Metrics | _Progress | _Phase | _Resolved | _Warning | _Artifact
+_EVENT: TypeAdapter[_AnyEvent] = TypeAdapter(Annotated[_AnyEvent, Field(discriminator="type")])
+
+
+def phase_event(name: str) -> dict[str, Any]:
+    """The event of a phase that a task is in itself, between its stages."""
+    return {"type": "phase", "time": time.time(), "name": name}
 
 
 class StageCancelled(Exception):
@@ -114,7 +130,8 @@ def run_stage(
         prepare_folder(folder, job)
         tail = EventTail(folder / contract.EVENTS_FILE)
         tail.read()  # those of earlier attempts were told then
-        with _lifeline(folder, [str(python), *launcher, str(file), str(folder)], grace_seconds, lock) as process:
+        command = [str(python), *launcher, str(file), str(folder)]
+        with _lifeline(folder, command, grace_seconds, lock, code_of_job(folder, job)) as process:
             try:
                 while process.poll() is None:
                     time.sleep(_POLL_SECONDS)
@@ -203,8 +220,13 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a stage: ours without the servers' settings, which may hold credentials."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT_FROM_STAGES)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _GIVEN_TO_STAGES or not name.startswith(_KEPT_FROM_STAGES)
+    }
     return kept | {
+        **remote_code.variables([], Path()),  # a consent in our own environment counts for nothing
         "PYTHONPATH": str(PROJECT_ROOT),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -212,8 +234,15 @@ def stage_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
+def code_of_job(folder: Path, job: StageJob) -> dict[str, str]:
+    """Environment by which the stage runs the code of models that its inputs allow (`remote_code`), and no other."""
+    return remote_code.variables(job.inputs.get("remote_code", []), folder / "modules")
+
+
 @contextlib.contextmanager
-def _lifeline(folder: Path, stage: Sequence[str], grace: float, lock: int) -> Iterator[subprocess.Popen[bytes]]:
+def _lifeline(
+    folder: Path, stage: Sequence[str], grace: float, lock: int, code: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-S", supervisor.__file__, str(folder), str(grace), *stage]
     with (folder / "supervisor.log").open("ab") as log:
         process = subprocess.Popen(
@@ -222,7 +251,7 @@ def _lifeline(folder: Path, stage: Sequence[str], grace: float, lock: int) -> It
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
-            env=stage_environment({STAGE_FOLDER_VARIABLE: str(folder), **stage_variables()}),
+            env=stage_environment({STAGE_FOLDER_VARIABLE: str(folder), **code, **stage_variables()}),
             pass_fds=[lock, *slot_descriptors()],
         )
     try:

@@ -184,7 +184,7 @@ def _at_once(config: TrainConfig) -> int:
 
 def doubts(sweep: Sweep) -> list[str]:
     """What makes the figure that the sweep is decided by say less than it seems to."""
-    if sweep.by is None or not sweep.by.endswith("loss"):
+    if sweep.by is None or not sweep.by.endswith(("loss", "eval_perplexity")):
         return []
     swept = {name for member in sweep.members for name, origin in member.origins.items() if origin == SECTION}
     others = sorted(name for name in swept if _changes_the_loss(name, sweep.members[0].config))
@@ -397,7 +397,7 @@ def compare(outcome: SweepOutcome) -> tuple[Comparison, list[TrainRecord]] | Non
 
 def lower_is_better(figure: str) -> bool:
     """Whether less of a figure is better: losses, distances, and what scoring says so of."""
-    return figure in LOWER_IS_BETTER or figure.endswith(("loss", "distance", "kl"))
+    return figure in LOWER_IS_BETTER or figure.endswith(("loss", "perplexity", "distance", "kl"))
 
 
 def figures_of(record: TrainRecord) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 The contract: `PYTHON deploying.py JOB_DIR` with `job.json` in that folder (`methods.contract.Job` reads it). Its
 `inputs` hold `name` (what requests call the model), `host` and `port` to listen on, and `model`, or `adapter` and
-`base_model`; its `parameters` `dtype` and `device`. It answers `GET /health` with 200 once it can answer requests as
-OpenAI's API does, and ends on SIGTERM: `POST /v1/chat/completions`, or for models that do not chat
+`base_model`; its `parameters` `dtype`, `device` and `model_settings`, the settings of the model's
+generation_config.json that the answers to its probes are made with. It answers `GET /health` with 200 once it can
+answer requests as OpenAI's API does, and ends on SIGTERM: `POST /v1/chat/completions`, or for models that do not chat
 `POST /v1/embeddings` or `POST /v1/images/generations` (`prompt`, `seed`, `response_format: b64_json`, and whatever
 else the request of its probe holds). With `POST /tokenize` (`messages` in, `tokens` out) the prompts of a chat are
 compared token by token as well.
@@ -14,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.endpoints import Deployment, Probe
+from configs.endpoints import APPLIED_SETTINGS, Deployment, Probe
 from configs.errors import UserError
 from tasks.http_backends import offers, posted_tokens
 from tasks.model_folders import base_of_adapter, is_adapter
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
-from tasks.stages import StageJob, prepare_folder, stage_environment
+from tasks.remote_code import allowed_digests
+from tasks.stages import StageJob, code_of_job, prepare_folder, stage_environment
 from tasks.tool_messages import sent
 
 PROMPTS_NEED_SERVER = True
@@ -59,7 +61,8 @@ def start(work: EndpointWork, deployment: Deployment, served: Path, timeout: flo
         prepare_folder(served, job(deployment, served))
         return guarded(work, command(deployment, served))
 
-    start_model_server(work, deployment, command_of_attempt, environment(), served, timeout)
+    own = environment() | code_of_job(served, job(deployment, served))
+    start_model_server(work, deployment, command_of_attempt, own, served, timeout)
 
 
 def prompt_tokens(
@@ -103,12 +106,17 @@ def job(deployment: Deployment, served: Path) -> StageJob:
     weights = {"adapter": str(path), "base_model": str(base)} if base is not None else {"model": str(path)}
     return StageJob(
         stage="deploying",
-        parameters={"dtype": deployment.dtype, "device": deployment.device},
+        parameters={
+            "dtype": deployment.dtype,
+            "device": deployment.device,
+            "model_settings": list(APPLIED_SETTINGS["custom"]),
+        },
         inputs={
             "name": deployment.model,
             "host": "127.0.0.1",
             "port": deployment.port,
             **weights,
+            "remote_code": allowed_digests([Path(folder) for folder in weights.values()]),
         },
         output=served / "output",
         seed=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from configs.endpoints import Deployment, Probe
 from configs.errors import UserError
+from configs.settings import load_settings
+from methods.toolkit.remote_code import copy_code
 from tasks.files import last_lines
 from tasks.model_folders import TOKENIZER_FILES, base_of_adapter, check_model_folder, is_adapter, read_json
 from tasks.model_server import (
@@ -20,6 +23,7 @@ from tasks.model_server import (
     start_model_server,
     stop_server,
 )
+from tasks.remote_code import admit, code_variables, model_code
 
 PROMPTS_NEED_SERVER = False
 
@@ -34,6 +38,8 @@ def check(deployment: Deployment) -> None:
     check_model_folder(deployment.model_path)
     if is_adapter(deployment.model_path):
         _check_adapter(deployment.model_path)
+        admit(base_of_adapter(deployment.model_path), load_settings())
+    admit(deployment.model_path, load_settings())
 
 
 def prepare(work: EndpointWork, deployment: Deployment) -> Path:
@@ -106,11 +112,16 @@ def command(work: EndpointWork, deployment: Deployment) -> list[str]:
     words = [str(deployment.python), str(TOOLKIT / "serve_model.py"), str(work.record), deployment.model]
     words += ["--host", "127.0.0.1", "--port", str(deployment.port)]
     words += ["--device", deployment.device, "--dtype", deployment.dtype]
+    if model_code(work.folder / "deployments" / deployment.model / "serve" / deployment.model) is not None:
+        words += ["--trust-remote-code"]  # of this one folder: the server's program refuses to load any other
     return words + (["--quantization", deployment.quantization] if deployment.quantization else [])
 
 
 def environment(served: Path) -> dict[str, str]:
-    """Environment of the serving interpreter: offline, a hub cache of its own, no key, nothing of our own paths."""
+    """Environment of the serving interpreter: offline, a hub cache of its own, no key, nothing of our own paths.
+
+    It may run the code that the served folder brings, if the user allows that at this moment; else raises UserError.
+    """
     cache = served.parent.parent / "hf"
     return server_environment(
         {
@@ -119,6 +130,7 @@ def environment(served: Path) -> dict[str, str]:
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            **code_variables(served, cache / "modules"),
             "PYTHONSAFEPATH": "1",  # or the modules beside the program would shadow installed ones
         }
     )
@@ -143,9 +155,8 @@ def _check_adapter(path: Path) -> None:
 
 def _link_adapter_over_base(adapter: Path, view: Path) -> None:
     base = base_of_adapter(adapter)
-    view.mkdir(exist_ok=True)
-    for old in view.iterdir():
-        old.unlink()
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir()
     files = {file.name: file for file in base.iterdir() if file.is_file()}
     if (adapter / "tokenizer_config.json").is_file():
         # All of one tokenizer or all of the other: a chat template left over from the base would win in
@@ -153,4 +164,7 @@ def _link_adapter_over_base(adapter: Path, view: Path) -> None:
         files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
     files |= {file.name: file for file in adapter.iterdir() if file.is_file()}
     for name, file in files.items():
-        (view / name).symlink_to(file)
+        if file.suffix != ".py":
+            (view / name).symlink_to(file)
+    if model_code(base) is not None:
+        copy_code(base, view)  # links would lead out of the view

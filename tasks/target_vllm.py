@@ -14,6 +14,7 @@ from configs.settings import load_settings
 from tasks.http_backends import posted_tokens
 from tasks.model_folders import base_of_adapter, check_model_folder, is_adapter, read_json
 from tasks.model_server import EndpointWork, guarded, is_alive, server_environment, start_model_server, stop_server
+from tasks.remote_code import refuse_code
 from tasks.tool_messages import sent
 
 PROMPTS_NEED_SERVER = True
@@ -37,7 +38,9 @@ def ready() -> str | None:
 def check(deployment: Deployment) -> None:
     """Refuse what cannot be served, before anything is started. Raises UserError."""
     check_model_folder(deployment.model_path)
+    refuse_code(deployment.model_path, "vllm")
     if is_adapter(deployment.model_path):
+        refuse_code(base_of_adapter(deployment.model_path), "vllm")
         _check_adapter(deployment.model_path)
     _needed()
 
@@ -146,6 +149,7 @@ def _check_adapter(path: Path) -> None:
         "use_dora": (None, False),
         "bias": (None, "none"),
         "modules_to_save": (None, []),
+        "target_parameters": (None, []),
     }
     for field, fine in allowed.items():
         if config.get(field) not in fine:

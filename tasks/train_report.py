@@ -44,13 +44,15 @@ def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str])
         "Status": f"{status}: {record.reason}" if record.reason else status,
         "Description": record.config.description,
         "Base model": record.base or record.config.base_model,
+        "Code of the base model": _code(record),
         "Dataset": record.dataset or record.config.dataset,
         "Validation rows": record.validation_dataset,
         "Evaluation rows": record.evaluation_dataset,
         "Model": record.model,
         "GPUs": ", ".join(record.gpus),
         "Attempts": str(record.attempts) if record.attempts > 1 else None,
-        **{_OUTCOMES.get(name, name): f"{value:g}" for name, value in record.outcome.items()},
+        "Training": record.stopped,
+        **{_OUTCOMES.get(name, name): f"{value:.6g}" for name, value in record.outcome.items()},
     }
     table = pages.table(
         ("Train", pages.text(record.id)), [(name, pages.cell(value)) for name, value in rows.items() if value]
@@ -60,7 +62,12 @@ def _summary(record: TrainRecord, status: TrainStatus, links: Mapping[str, str])
     return "\n\n".join(filter(None, [table, linked, "\n".join(warnings)]))
 
 
-_OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean training loss"}
+def _code(record: TrainRecord) -> str | None:
+    code = record.remote_code
+    return None if code is None else f"{code.digest} ({', '.join(code.files)})"
+
+
+_OUTCOMES = {"steps": "Steps", "seconds": "Seconds of training", "loss": "Mean training loss", "best_step": "Best step"}
 
 
 def _parameters(record: TrainRecord) -> str:

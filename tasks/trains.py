@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from configs.datasets import Columns, DatasetVersion
 from configs.errors import UserError
 from configs.method_values import checked_values
-from configs.records import ModelRecord, SweepPlace, TrainRecord, TrainStatus, now
+from configs.records import ModelRecord, Resolution, SweepPlace, TrainRecord, TrainStatus, now
 from configs.resolve import copied_trains
 from configs.settings import Settings, load_settings
 from configs.train import DATASETS, TrainConfig
@@ -36,9 +36,10 @@ from tasks.gpus import Withdrawn, borrowing_slot, release_slots, take_slots, wan
 from tasks.inference import Generation, inference_stage
 from tasks.launching import launcher
 from tasks.measuring import TEXT_KINDS, keep_measurement, measure
-from tasks.method_inputs import copied_files, fixed_models, method_inputs, with_copied_files
+from tasks.method_inputs import copied_files, fixed_models, method_inputs, model_folders, with_copied_files
 from tasks.pages import as_html
 from tasks.plots import draw_curves
+from tasks.remote_code import allowed_digests, code_record
 from tasks.scoring import scoring_options
 from tasks.stages import EventTail, StageCancelled, StageJob, locked, run_stage
 from tasks.train_report import train_report
@@ -273,11 +274,14 @@ def train_of_flow_run(flow_run_id: str) -> TrainRecord | None:
     return found[-1] if found else None
 
 
-def fetch_base(record: TrainRecord) -> TrainRecord:
+def fetch_base(record: TrainRecord, on_events: EventHandler = lambda events: None) -> TrainRecord:
     """Bring the base model to this host."""
-    name, path = models.base_folder(record.config.base_model, load_settings())
-    tracking.mlflow_client().set_tag(record.run_id, "tuneline.base", name)
-    return update_train(record.id, base=name, base_path=path)
+    name, path = models.base_folder(record.config.base_model, load_settings(), on_events)
+    client, code = tracking.mlflow_client(), code_record(path)
+    client.set_tag(record.run_id, "tuneline.base", name)
+    if code is not None:
+        client.set_tag(record.run_id, "tuneline.remote_code", f"{code.digest}: {', '.join(code.files)}")
+    return update_train(record.id, base=name, base_path=path, remote_code=code)
 
 
 def prepare_datasets(record: TrainRecord) -> TrainRecord:
@@ -366,6 +370,7 @@ def train_model(
     forwarder = tracking.CurveForwarder(record.run_id, folder)
 
     def follow(events: list[dict[str, Any]]) -> None:
+        note_resolved(record, events)
         on_events([*events, *forwarder.news()])
 
     python, file = method.stage_python("training"), method.stage_file("training")
@@ -380,15 +385,37 @@ def train_model(
     return _keep_outcome(record)
 
 
+def note_resolved(record: TrainRecord, events: Sequence[Mapping[str, Any]]) -> None:
+    """Record what parameters given as `auto` became, in the train's record and as tags `tuneline.resolved.NAME`."""
+    found = {
+        event["name"]: Resolution(value=event["value"], origin=event["origin"], reason=event["reason"])
+        for event in events
+        if event.get("type") == "resolved"
+    }
+    if not found:
+        return
+    update_train(record.id, resolved={**load_train(record.id).resolved, **found})
+    try:
+        for name, each in found.items():
+            tag = f"{each.value} ({each.origin}: {each.reason})"
+            tracking.mlflow_client().set_tag(record.run_id, f"tuneline.resolved.{name}", tag)
+    except Exception as error:  # the tracking store is away: the record has it
+        logging.getLogger(__name__).warning("MLflow does not know what auto became in %s: %s", record.id, error)
+
+
 def _keep_outcome(record: TrainRecord) -> TrainRecord:
     """Record how a finished training stage went, by what it left; done again after a kill, nothing is missing."""
     folder = train_folder(record.id) / "training"
     result = json.loads((folder / contract.RESULT_FILE).read_text(encoding="utf-8"))
     outcome = {name: float(result[name]) for name in ("steps", "seconds", "loss") if name in result}
+    best = {name: float(value) for name, value in result.items() if name.startswith(("best_", "last_eval_"))}
+    stopped = result.get("stopped")
     sync_curves(record)
-    if outcome != record.outcome:
-        tracking.log_scores(record.run_id, {f"train_{name}": value for name, value in outcome.items()})
-    return update_train(record.id, outcome=outcome)
+    if {**outcome, **best} != record.outcome:
+        tracking.log_scores(record.run_id, {f"train_{name}": value for name, value in outcome.items()} | best)
+        if stopped is not None:
+            tracking.mlflow_client().set_tag(record.run_id, "tuneline.stopped", stopped)
+    return update_train(record.id, outcome={**outcome, **best}, stopped=stopped)
 
 
 def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> StageJob:
@@ -401,12 +428,20 @@ def _training_job(record: TrainRecord, folder: Path, resume: Path | None) -> Sta
             "train_rows": str(train_rows),
             "validation_rows": str(validation_rows) if validation_rows else None,
             "date": record.template_date.isoformat(),
-            **method_inputs(record.config),
+            **(given := method_inputs(record.config)),
+            "remote_code": allowed_digests([Path(str(record.base_path)), *model_folders(given)]),
         },
         output=folder / "output",
         resume_from=resume,
         seed=record.config.hyperparameters.seed,
     )
+
+
+def checkpoint_job(record: TrainRecord, step: int, folder: Path) -> StageJob:
+    """The job of a training stage that is to make its product of a checkpoint, without a further step."""
+    checkpoint = train_folder(record.id) / "training" / "checkpoints" / f"checkpoint-{step}"
+    job = _training_job(record, folder, checkpoint)
+    return job.model_copy(update={"inputs": {**job.inputs, "save_checkpoint": True}})
 
 
 def sync_curves(record: TrainRecord) -> bool:
@@ -475,9 +510,15 @@ def trained_model(record: TrainRecord) -> ModelRecord:
         dtype=record.config.hyperparameters.dtype,
         parent=record.base,
         train=record.id,
+        step=_product_step(record.outcome),
         run_id=record.run_id,
         dataset=record.dataset,
     )
+
+
+def _product_step(outcome: Mapping[str, float]) -> int | None:
+    step = outcome.get("best_step", outcome.get("steps"))
+    return None if step is None else int(step)
 
 
 def _left_adapter(record: TrainRecord) -> bool:
@@ -494,11 +535,12 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     """
     settings = load_settings()
     folder = settings.root / "saves" / model.name
+    saved = saved_complete(model)
+    if saved is not None:
+        return _keep_complete(saved, folder)
     name_file = folder / "name"
     name = name_file.read_text() if name_file.exists() else f"{model.name}_s_{secrets.token_hex(2)}"
     target = settings.models / name
-    if (target / models.RECORD_FILE).exists():
-        return _keep_complete(read_record(target / models.RECORD_FILE, ModelRecord), folder)
     method = find_method(model.method)
     write_text(name_file, name)
     _wait_for_stage(folder)
@@ -506,7 +548,12 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     job = StageJob(
         stage="saving",
         parameters={"dtype": model.dtype},
-        inputs={"base_model": str(model.base_path), "trained": str(model.path), "adapter": model.adapter},
+        inputs={
+            "base_model": str(model.base_path),
+            "trained": str(model.path),
+            "adapter": model.adapter,
+            "remote_code": allowed_digests([model.base_path, model.path]),
+        },
         output=folder / "output",
         seed=0,
     )
@@ -529,6 +576,14 @@ def save_complete(model: ModelRecord, on_events: EventHandler) -> ModelRecord:
     return _keep_complete(complete, folder)
 
 
+def saved_complete(model: ModelRecord) -> ModelRecord | None:
+    """The complete model that was made of a model; None before it is in the store."""
+    settings = load_settings()
+    name_file = settings.root / "saves" / model.name / "name"
+    record = settings.models / name_file.read_text() / models.RECORD_FILE if name_file.exists() else None
+    return read_record(record, ModelRecord) if record is not None and record.exists() else None
+
+
 def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
     """Publish a complete model and record its proof; done again after a kill, nothing is missing."""
     new = complete.registered_version is None
@@ -536,7 +591,9 @@ def _keep_complete(complete: ModelRecord, folder: Path) -> ModelRecord:
     if complete.run_id is not None and new:
         proof = {f"merge_{name}": value for name, value in complete.verification.items()}
         tracking.log_scores(complete.run_id, proof, models.logged_model_id(complete))
-    if complete.train is not None and (train_folder(complete.train) / RECORD_FILE).exists():
+    if complete.train is None or complete.from_checkpoint:
+        return complete
+    if (train_folder(complete.train) / RECORD_FILE).exists():
         update_train(complete.train, model=complete.name)
     return complete
 

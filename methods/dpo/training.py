@@ -15,6 +15,7 @@ from methods import contract
 from methods.toolkit import (
     chat,
     chat_rows,
+    hardware,
     memory,
     pair_batches,
     preference_rows,
@@ -44,7 +45,7 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None]:
     """Load the base model, and say which adapter the trainer is to put on it: without it, it is the reference."""
     model = tuning.load_trained_model(job)
     tuning.switch_dropout_off(model)
-    return model, tuning.lora_config(job.parameters) if job.parameters["tuning"] == "lora" else None
+    return model, tuning.fitting_lora(model, job.parameters) if job.parameters["tuning"] == "lora" else None
 
 
 def build_trainer(
@@ -85,6 +86,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

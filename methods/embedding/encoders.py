@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
-from methods.toolkit import models
+from methods.toolkit import hardware, models, remote_code
 
 ROLES = ("query", "document")
 """What a text can be: what is looked for, or what is found. Some models put another prompt before each."""
@@ -16,13 +16,16 @@ ROLES = ("query", "document")
 def load_encoder(path: str, dtype: str, pooling: str = "auto", device: str = "auto") -> Any:
     """Load a folder of sentence-transformers, or a plain encoder with a pooling on top (`auto`: the mean).
 
-    Raises Refused if it is neither, or if a pooling is asked of a model that has its own.
+    Raises Refused if it is neither, if it brings code, or if a pooling is asked of a model that has its own.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    loading = {"dtype": models.choose_dtype(dtype), "use_safetensors": True}
+    if remote_code.code_of(Path(path)) is not None:
+        raise Refused(f"{path} brings its own Python code, which the method embedding does not run")
     where = None if device == "auto" else device
+    computes: hardware.Device = hardware.training_device() if where is None else hardware.kind_of(where)
+    loading = {"dtype": models.choose_dtype(dtype, computes), "use_safetensors": True}
     try:
         if (Path(path) / "modules.json").is_file():
             if pooling != "auto":

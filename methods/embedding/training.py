@@ -16,7 +16,7 @@ from transformers import set_seed
 from methods import contract
 from methods.embedding import encoders, losses, probes, retrieval
 from methods.embedding import rows as text_rows
-from methods.toolkit import memory, training, tuning, unused
+from methods.toolkit import hardware, memory, training, tuning, unused
 
 
 class Trainer(training.Scheduled, SentenceTransformerTrainer):
@@ -129,6 +129,7 @@ def save(job: contract.Job, trainer: Trainer, outcome: dict[str, float]) -> dict
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("loading the model")
     model = prepare_model(job)
     job.phase("reading the data")

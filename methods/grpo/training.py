@@ -16,7 +16,19 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from methods import contract
-from methods.toolkit import chat, memory, prompt_rows, reward_model, rewards, saving_chat, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    generating,
+    hardware,
+    memory,
+    prompt_rows,
+    reward_model,
+    rewards,
+    saving_chat,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -38,7 +50,9 @@ class Trainer(training.Scheduled, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Answers follow from the seed and the step alone, not from what was drawn before a checkpoint.
         set_seed(training.step_seed(self.job.seed, self._step, self.accelerator.process_index))
-        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        # Nothing of the model's own settings, such as a penalty for repetition, may bend the sampled probabilities.
+        with generating.replaced_config(self.accelerator.unwrap_model(self.model), self.generation_config):
+            scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
         return scored
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -112,7 +126,7 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None]:
     """Load the base model, and say which adapter the trainer is to put on it: without it, it is the reference."""
     model = tuning.load_trained_model(job)
     tuning.switch_dropout_off(model)
-    lora = None if job.parameters["tuning"] == "full" else tuning.lora_config(job.parameters)
+    lora = None if job.parameters["tuning"] == "full" else tuning.fitting_lora(model, job.parameters)
     return model, lora
 
 
@@ -180,6 +194,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

@@ -11,6 +11,7 @@ from typing import Any
 
 from methods import contract
 from methods.image_generation.configuration import LORA_WEIGHTS, picture_size
+from methods.toolkit import hardware
 
 INDEX = "model_index.json"
 SETTINGS = "pictures.json"
@@ -156,12 +157,8 @@ def on_gpu() -> bool:
 
 
 def training_dtype(name: str) -> str:
-    """`auto` is bfloat16 on hardware made for it, else float32."""
-    import torch
-
-    if name != "auto":
-        return name
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    """The number type of a `dtype` parameter, on the GPU where there is one, else on the processor."""
+    return hardware.resolve_dtype(name)
 
 
 def keep_lora(trained: Path, kept: Path, part: str, rank: int, alpha: float) -> None:

@@ -14,6 +14,7 @@ from methods import contract
 from methods.image_generation import configuration, pictures
 from methods.image_generation.configuration import Place
 from methods.image_generation.engine import Engine, training_program
+from methods.toolkit import hardware
 from methods.toolkit.checkpoints import remove_torn_checkpoints
 
 
@@ -98,6 +99,7 @@ def save(job: contract.Job, engine: Engine, rows: Rows) -> dict[str, object]:
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.inference_device())
     job.phase("reading the data")
     place = Place(job.folder / "work", job.checkpoints, Path(job.inputs["base_model"]))
     job.checkpoints.mkdir(exist_ok=True)

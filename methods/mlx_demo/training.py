@@ -27,7 +27,7 @@ from mlx_lm.utils import load_model
 from methods import contract
 from methods.mlx_demo import adapters, batches, optimizing
 from methods.mlx_demo.progress import Reporter
-from methods.toolkit import chat, chat_rows, probing, tokenizing
+from methods.toolkit import chat, chat_rows, probing, remote_code, tokenizing
 
 
 def prepare_data(job: contract.Job, tokenizer: Any) -> tuple[list[Any], list[Any] | None]:
@@ -114,6 +114,7 @@ def save(job: contract.Job, reporter: Reporter, tokenizer: Any, outcome: dict[st
     """Save the adapter in peft's form, the tokenizer and the probe prompts."""
     adapters.save_for_peft(reporter.model, job.output, job.inputs["base_model"], job.parameters)
     tokenizer.save_pretrained(job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
     probing.write_probes(job.output, tokenizer, conversations)
     return {"model": str(job.output), "adapter": True, **outcome}

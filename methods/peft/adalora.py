@@ -34,6 +34,8 @@ class RankSchedule(TrainerCallback):
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if all(parameter.grad is None for parameter in model.parameters()):
+            return  # this update was left out
         # Here the gradients are still there, which the importance of a weight is measured by.
         model.base_model.update_and_allocate(state.global_step + 1)
 

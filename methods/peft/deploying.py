@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from transformers import set_seed
@@ -33,12 +33,17 @@ _REFUSED = {
 }
 """Fields that would change the answer and are not offered, with the values that change nothing."""
 
+_SHAPING = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of sampling that no request can name: the model's generation_config decides them."""
+
 
 class ChatModel:
     """The model, its tokenizer, and what answers requests with them."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: Any, model_settings: Sequence[str] = ()) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.published = generating.own_settings(model)
+        self.model_settings = (*model_settings, *_SHAPING)
         self._alone = threading.Lock()
 
     def tokenize(self, body: json_server.Body) -> json_server.Body:
@@ -54,7 +59,7 @@ class ChatModel:
         if body.get("stream") and body.get("tools"):
             raise json_server.RequestRefused("stream is not offered here with tools", "stream")
         prompt, seed = self._prompt(body), _number(body, "seed", None, int, 0, 2**32 - 1)
-        sampling = _sampling(body, self._room(prompt))
+        sampling = self._sampling(body, self._room(prompt))
         if body.get("stream"):
             counted = bool((body.get("stream_options") or {}).get("include_usage"))
             return self._streamed(prompt, sampling, seed, counted)
@@ -130,6 +135,17 @@ class ChatModel:
             )
         return room
 
+    def _sampling(self, body: json_server.Body, room: int) -> generating.Sampling:
+        """How a request is answered; what it does not say is as the model's generation_config has it."""
+        limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+        return generating.Sampling(
+            max_new_tokens=min(room, _number(body, limit, LONGEST_ANSWER, int, 1, 10**6)),
+            temperature=_number(body, "temperature", self.published.get("temperature", 1.0), float, 0, 2),
+            top_p=_number(body, "top_p", self.published.get("top_p", 1.0), float, 1e-6, 1),
+            top_k=self.published.get("top_k", 0),
+            model_settings=self.model_settings,
+        )
+
     def _prompt(self, body: json_server.Body) -> list[int]:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -152,7 +168,8 @@ def main(job: contract.Job) -> dict[str, object]:
     adapter = job.inputs.get("adapter")
     base = job.inputs["base_model"] if adapter else job.inputs["model"]
     tokenizer, _ = chat.load_tokenizer(adapter or base)
-    served = ChatModel(job.inputs["name"], models.load_with_adapter(base, adapter, job.parameters["dtype"]), tokenizer)
+    model = models.load_with_adapter(base, adapter, job.parameters["dtype"])
+    served = ChatModel(job.inputs["name"], model, tokenizer, job.parameters.get("model_settings", ()))
     json_server.serve(job, {"/v1/chat/completions": served.complete, "/tokenize": served.tokenize})
     return {"served": served.name}
 
@@ -189,16 +206,6 @@ def _are_tools(tools: Any) -> bool:
     return isinstance(tools, list) and all(
         isinstance(tool, dict) and isinstance(tool.get("function"), dict) and "name" in tool["function"]
         for tool in tools
-    )
-
-
-def _sampling(body: json_server.Body, room: int) -> generating.Sampling:
-    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    return generating.Sampling(
-        max_new_tokens=min(room, _number(body, limit, LONGEST_ANSWER, int, 1, 10**6)),
-        temperature=_number(body, "temperature", 1.0, float, 0, 2),
-        top_p=_number(body, "top_p", 1.0, float, 1e-6, 1),
-        top_k=0,
     )
 
 

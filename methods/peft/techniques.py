@@ -14,10 +14,14 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    get_peft_model,
 )
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
 from methods.contract import Refused
 from methods.toolkit import tuning, unused
+from methods.toolkit.adapter_targets import check_targets, layer_names
 
 _TASK = "CAUSAL_LM"
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
@@ -106,7 +110,46 @@ def adapter_config(p: dict[str, Any], model: Any) -> PeftConfig:
     try:
         return _MAKERS[p["technique"]](p, model)
     except (TypeError, ValueError) as error:
-        raise Refused(f"{p['technique']}: {error}") from error
+        raise Refused(f"technique {p['technique']}: {error}") from error
+
+
+def put_beside(model: Any, config: PeftConfig, p: dict[str, Any]) -> Any:
+    """Put what is trained beside the model. Raises Refused, with our parameters' names, where the two do not fit."""
+    technique = p["technique"]
+    field = "ia3_targets" if technique == "ia3" else "lora_targets" if "lora_targets" in used_parameters(p) else None
+    chosen = f" with {field} {p[field]!r}" if field and p[field] is not None else ""
+    kind = model.config.model_type
+    layers = [name for name in layer_names(model) if not name.startswith("experts.")]  # for lora alone
+    try:
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        others = f"set {field} to other layers, of {', '.join(layers)}, or " if field else ""
+        raise Refused(
+            f"technique {technique}{chosen} does not fit this model ({kind}): {str(error).rstrip('. ')}. To "
+            f"fix it, {others}set technique to lora with lora_targets all-linear"
+        ) from error
+
+
+def try_out(model: Any, technique: str) -> None:
+    """Let the model read two tokens and write two, in evaluation mode. Raises Refused if it fails.
+
+    The techniques reach into the attention and the cache of a model, and do not know those of every family.
+    """
+    import torch
+
+    ids = torch.tensor([[1, 2]], device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    except Exception as error:  # a family's own code fails in ways of its own
+        raise Refused(
+            f"technique {technique} does not work with this model ({model.config.model_type}): "
+            f"{type(error).__name__}: {error}. Set technique to lora or prompt_tuning"
+        ) from error
+    model.train(training)
 
 
 def start_at_text(model: Any, tokenizer: Any, text: str) -> None:
@@ -122,13 +165,14 @@ def start_at_text(model: Any, tokenizer: Any, text: str) -> None:
         prompt.copy_(model.word_embeddings(chosen))
 
 
-def _lora(p: dict[str, Any], _model: Any) -> PeftConfig:
-    config = tuning.lora_config(p)
+def _lora(p: dict[str, Any], model: Any) -> PeftConfig:
+    config = tuning.fitting_lora(model, p)
     config.use_dora, config.use_rslora = p["technique"] == "dora", p["technique"] == "rslora"
     return config
 
 
-def _adalora(p: dict[str, Any], _model: Any) -> PeftConfig:
+def _adalora(p: dict[str, Any], model: Any) -> PeftConfig:
+    check_targets(model, p["lora_targets"])
     if p["adalora_target_r"] >= p["adalora_init_r"]:
         raise ValueError(
             f"adalora_target_r ({p['adalora_target_r']}) must be below adalora_init_r ({p['adalora_init_r']})"
@@ -153,13 +197,35 @@ def _adalora(p: dict[str, Any], _model: Any) -> PeftConfig:
     )
 
 
-def _ia3(p: dict[str, Any], _model: Any) -> PeftConfig:
+def _ia3(p: dict[str, Any], model: Any) -> PeftConfig:
     targets, feedforward = p["ia3_targets"], p["ia3_feedforward"]
     if targets is None:
         if feedforward is not None:
             raise ValueError("ia3_feedforward names some of ia3_targets, which are not set")
+        _refuse_unusual_layers(model)
         return IA3Config(task_type=_TASK)
+    check_targets(model, targets, "ia3_targets")
+    others = sorted(set(feedforward or []) - set(targets))
+    if others:
+        raise ValueError(f"ia3_feedforward names {', '.join(others)}, which ia3_targets does not")
     return IA3Config(task_type=_TASK, target_modules=targets, feedforward_modules=feedforward or [])
+
+
+def _refuse_unusual_layers(model: Any) -> None:
+    """The library knows the layers to rescale by the type of the model. Raises Refused where it does not."""
+    kind, names = model.config.model_type, layer_names(model)
+    usual = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind, [])
+    if usual and all(name in names for name in usual):
+        return
+    attention = [name for name in ("k_proj", "v_proj", "qkv_proj", "kv_b_proj") if name in names]
+    after = [name for name in ("down_proj", "fc2") if name in names]
+    shown = f"ia3_targets: [{', '.join([*attention, *after])}]"
+    shown += f", ia3_feedforward: [{', '.join(after)}]" if after else ""
+    raise Refused(
+        f"technique ia3: the library knows no layers to rescale in models of the type {kind}; set ia3_targets, and "
+        f"repeat in ia3_feedforward those of the feed-forward part, for example {shown}. Layers of this model: "
+        f"{', '.join(names)}"
+    )
 
 
 def _prompt_tuning(p: dict[str, Any], _model: Any) -> PeftConfig:
@@ -203,6 +269,12 @@ def _prefix_tuning(p: dict[str, Any], model: Any) -> PeftConfig:
 
 
 def _llama_adapter(p: dict[str, Any], model: Any) -> PeftConfig:
+    kind = model.config.model_type
+    if kind not in TRANSFORMERS_MODEL_CONFIG:
+        raise ValueError(
+            f"the library has this technique for models of the types {', '.join(TRANSFORMERS_MODEL_CONFIG)}, and this "
+            f"one is {kind}; set technique to lora or prompt_tuning"
+        )
     text = model.config.get_text_config()
     layers = text.num_hidden_layers
     if (p["adapter_layers"] or 0) > layers:

@@ -8,13 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
 from methods.peft import adalora, techniques
-from methods.toolkit import chat, chat_rows, memory, probing, saving_chat, tokenizing, training, tuning, unused
+from methods.toolkit import (
+    chat,
+    chat_rows,
+    hardware,
+    memory,
+    probing,
+    saving_chat,
+    tokenizing,
+    training,
+    tuning,
+    unused,
+)
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -55,11 +65,9 @@ def prepare_model(job: contract.Job, tokenizer: Any) -> Any:
     set_seed(job.seed)
     p = job.parameters
     model = tuning.load_trained_model(job)
-    config = techniques.adapter_config(p, model)
-    try:
-        model = get_peft_model(model, config)
-    except (TypeError, ValueError) as error:
-        raise contract.Refused(f"{p['technique']} does not fit this model: {error}") from error
+    model = techniques.put_beside(model, techniques.adapter_config(p, model), p)
+    if not techniques.TECHNIQUES[p["technique"]].mergeable:
+        techniques.try_out(model, p["technique"])
     if p["technique"] == "prompt_tuning" and p["prompt_init"] == "text":
         techniques.start_at_text(model, tokenizer, p["prompt_init_text"])
     return model
@@ -74,6 +82,8 @@ def build_trainer(job: contract.Job, model: Any, tokenizer: Any, rows: Any, vali
     arguments = SFTConfig(
         **training.training_arguments(job, has_validation=validation is not None),
         max_length=None,  # rows are already limited, and what was cut is counted
+        # A trained prompt has no say in how experts are balanced, and a prefix makes the mask too long for that loss.
+        router_aux_loss_coef=None if techniques.TECHNIQUES[p["technique"]].mergeable else 0.0,
     )
     events = training.EventWriter(job)
     callbacks: list[Any] = [events, training.CheckpointKeeper(job)]
@@ -109,6 +119,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

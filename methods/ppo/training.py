@@ -26,7 +26,20 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from methods import contract
 from methods.ppo.rollouts import Prompts, RewardHead, set_pad_apart
-from methods.toolkit import chat, memory, models, probing, prompt_rows, reward_model, tokenizing, training, tuning
+from methods.toolkit import (
+    chat,
+    finite,
+    hardware,
+    memory,
+    models,
+    probing,
+    prompt_rows,
+    remote_code,
+    reward_model,
+    tokenizing,
+    training,
+    tuning,
+)
 from methods.toolkit.reward_evaluation import RewardEvaluation
 from methods.toolkit.rewards import Reward
 
@@ -82,6 +95,8 @@ class Trainer(training.Scheduled, PPOTrainer):
         self.tokens += figures.pop("tokens")
         rates = self.lr_scheduler.get_last_lr()
         loss = logs["loss/policy_avg"] + self.args.vf_coef * logs["loss/value_avg"]
+        if not math.isfinite(loss):
+            raise finite.refusal(self.job, self.state.global_step - 1, loss)
         super().log(
             {
                 "loss": loss,
@@ -175,10 +190,11 @@ def prepare_model(job: contract.Job) -> tuple[Any, LoraConfig | None, Any]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     if p["tuning"] == "full":
         return actor, None, critic
+    lora = tuning.fitting_lora(actor, p)
     with tuning.refusing():
-        inject_adapter_in_model(tuning.lora_config(p, "SEQ_CLS"), critic)
+        inject_adapter_in_model(tuning.fitting_lora(critic, p, "SEQ_CLS"), critic)
     critic.score.requires_grad_(True)
-    return actor, tuning.lora_config(p), critic
+    return actor, lora, critic
 
 
 def build_trainer(
@@ -259,13 +275,15 @@ def save(
     actor.generation_config = generation
     conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
     probing.write_probes(job.output, tokenizer, conversations)
-    actor.save_pretrained(job.output)
+    models.save_trained(actor, job.output)
     chat.save_tokenizer(tokenizer, job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     return {"model": str(job.output), "adapter": isinstance(actor, PeftModel), **outcome}
 
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

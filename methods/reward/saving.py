@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing
+from methods.toolkit import chat, merging, models, probing, remote_code
 
 
 def save_complete(job: contract.Job, dtype: str) -> None:
@@ -21,10 +21,11 @@ def save_complete(job: contract.Job, dtype: str) -> None:
         model = merging.merged(base, trained, models.load_scorer)
     else:
         model = models.load_scorer(trained, "float32")
-    # A score is read at the last token that is not this one.
+    # A score is read at the last token that is not this one. Of an adapter it is the trained tokenizer's.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merging.save_weights(model, job.output, dtype)
     tokenizer.save_pretrained(job.output)
+    remote_code.carry(base, job.output)
     shutil.copyfile(Path(trained) / probing.PROBES_FILE, job.output / probing.PROBES_FILE)
 
 

@@ -17,6 +17,7 @@ from methods import contract
 from methods.toolkit import (
     chat,
     chat_rows,
+    hardware,
     memory,
     models,
     preference_rows,
@@ -97,6 +98,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

@@ -12,7 +12,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from methods import contract
-from methods.toolkit import chat, chat_rows, memory, probing, saving_chat, tokenizing, training, tuning
+from methods.toolkit import chat, chat_rows, hardware, memory, probing, saving_chat, tokenizing, training, tuning
 
 
 class Trainer(training.Repeatable, SFTTrainer):
@@ -64,6 +64,7 @@ def save(job: contract.Job, trainer: Trainer, tokenizer: Any, outcome: dict[str,
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     tokenizer = chat.training_tokenizer(job)
     rows, validation = prepare_data(job, tokenizer)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from methods import contract
-from methods.toolkit import tool_answers, tool_parsing
+from methods.toolkit import hardware, tool_answers, tool_parsing
 from methods.toolkit.chat import RenderError, render_prompt
-from methods.toolkit.generating import Answer, Sampling, generate
+from methods.toolkit.generating import Answer, Sampling, batch_by_memory, generate, record
 from methods.toolkit.likelihood import Likelihood, answer_likelihoods
+from methods.toolkit.memory import available_gib
 
 
 def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, object]:
@@ -24,7 +25,8 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
     `thought` and `said` (both together, as a server returns it), that of a request with a `reference` has
     `reference_logprob` and `reference_tokens` as well; a `reference` is a text, or a message with calls. That of a
     request with `tools` has `tool_calls` (name and arguments of each), `broken_calls` (how many are unreadable) and
-    `content` (what is said beside them). Returns the path, counts, seconds. Raises Refused for a request
+    `content` (what is said beside them). Returns the path, counts, seconds, the tokens of the answers per second, how
+    many were made at a time, and in `generation` the settings that they were made with. Raises Refused for a request
     that the chat template refuses.
     """
     requests = read_requests(job)
@@ -36,15 +38,17 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         if "reference" in request
     }
     on_progress = progress_of(job, len(prompts) + len(expected))
+    batch_size = _batch_size(job, model, prompts)
     started = time.monotonic()
     answers = generate(
         model,
         tokenizer,
         prompts,
         sampling_of(job),
-        batch_size=job.parameters["batch_size"],
+        batch_size=batch_size,
         on_progress=on_progress,
     )
+    seconds = time.monotonic() - started
     found = answer_likelihoods(
         model,
         tokenizer,
@@ -58,12 +62,21 @@ def answer_requests(job: contract.Job, model: Any, tokenizer: Any) -> dict[str, 
         for index, answer in enumerate(answers)
         if requests[index].get("tools")
     }
-    return write_predictions(job, prompts, answers, started, likelihoods, called)
+    result = write_predictions(job, prompts, answers, started, likelihoods, called, answered_seconds=seconds)
+    return {**result, "batch_size": batch_size, "generation": record(model, sampling_of(job))}
 
 
 def _reference(reference: str | dict[str, Any]) -> dict[str, Any]:
     """The wanted answer as a message."""
     return {"role": "assistant", "content": reference} if isinstance(reference, str) else reference
+
+
+def _batch_size(job: contract.Job, model: Any, prompts: list[list[int]]) -> int:
+    """The rows answered at a time: what the job says, or as many as the free memory holds."""
+    if not job.parameters.get("batch_size_by_memory", False) or not prompts:
+        return int(job.parameters["batch_size"])
+    longest = max(map(len, prompts))
+    return batch_by_memory(model.config, model.dtype, longest, sampling_of(job), available_gib())
 
 
 def _prompt(tokenizer: Any, number: int, request: dict[str, Any]) -> list[int]:
@@ -84,14 +97,19 @@ def read_requests(job: contract.Job) -> list[dict[str, Any]]:
 def sampling_of(job: contract.Job) -> Sampling:
     """How the job wants its answers made."""
     p = job.parameters
-    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"])
+    kept = tuple(p.get("model_settings", ()))
+    return Sampling(p["max_new_tokens"], p["temperature"], p["top_p"], p["top_k"], kept)
 
 
-def progress_of(job: contract.Job, total: int) -> Callable[[int], None]:
-    """Tells how much of the work is done, and raises Cancelled once the job is to stop."""
+class _Report(Protocol):
+    def __call__(self, done: float, note: str = "", /) -> None: ...
 
-    def on_progress(done: int) -> None:
-        job.progress(done, total)
+
+def progress_of(job: contract.Job, total: int) -> _Report:
+    """Tells how much of the work is done, in parts for what is under way; raises Cancelled once the job is to stop."""
+
+    def on_progress(done: float, note: str = "", /) -> None:
+        job.progress(int(done), total, done % 1, note)
         if job.cancelled:
             raise contract.Cancelled
 
@@ -105,10 +123,13 @@ def write_predictions(
     started: float,
     likelihoods: Mapping[int, Likelihood],
     called: Mapping[int, tool_parsing.Parsed] | None = None,
+    *,
+    answered_seconds: float | None = None,
 ) -> dict[str, object]:
     """Write the answers as `answer_requests` says, with the likelihoods and calls of some, by their position.
 
-    `started` is a reading of `time.monotonic`. Returns what the stage returns.
+    `started` is a reading of `time.monotonic`; `answered_seconds` were spent on the answers alone, if that is known.
+    Returns what the stage returns.
     """
     path = job.output / "predictions.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -127,10 +148,13 @@ def write_predictions(
             if index in likelihoods:
                 row |= {"reference_logprob": likelihoods[index].logprob, "reference_tokens": likelihoods[index].tokens}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    tokens, seconds = sum(answer.tokens for answer in answers), time.monotonic() - started
     return {
         "predictions": str(path),
         "rows": len(answers),
         "hit_limit": sum(answer.hit_limit for answer in answers),
-        "tokens": sum(answer.tokens for answer in answers),
-        "seconds": time.monotonic() - started,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / max(answered_seconds or seconds, 1e-9),
+        "dtype": hardware.resolve_dtype(job.parameters["dtype"]),
     }

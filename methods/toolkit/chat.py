@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Job, Refused
-from methods.toolkit import thoughts
+from methods.toolkit import remote_code, thoughts, token_templates
 from methods.toolkit.chat_template import (
     TemplateSettings,
     find_style,
@@ -66,7 +66,8 @@ def load_tokenizer(path: str, settings: TemplateSettings | None = None) -> tuple
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with remote_code.explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote_code.loading(path))
     added = []
     if tokenizer.eos_token_id is None:
         raise Refused(f"the tokenizer of {path} names no eos_token; add one to its tokenizer_config.json")
@@ -74,6 +75,9 @@ def load_tokenizer(path: str, settings: TemplateSettings | None = None) -> tuple
         # Safe although it is also a real token: batches are masked by attention and labels, never by token id.
         tokenizer.pad_token = tokenizer.eos_token
         added.append(f"the tokenizer has no pad token: {tokenizer.eos_token!r} is used")
+    if tokenizer.chat_template is None and (template := token_templates.of_generation_config(path, tokenizer)):
+        tokenizer.chat_template = template
+        added.append("the model has no chat template: one of its own user and assistant tokens is used and saved")
     settings = settings or TemplateSettings()
     added += prepare(tokenizer, settings)
     tokenizer.configured_ends = _configured_ends(path)

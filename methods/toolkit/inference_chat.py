@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import answering, chat, likelihood, models, preference_rows
+from methods.toolkit import answering, chat, hardware, likelihood, models, preference_rows
 
 
 def answer_customized(job: contract.Job) -> dict[str, object]:
@@ -20,6 +20,7 @@ def answer_complete(job: contract.Job) -> dict[str, object]:
 
 
 def _answer(job: contract.Job, base: str, adapter: str | None) -> dict[str, object]:
+    hardware.warn_of_emulation(job, hardware.inference_device())
     job.phase("loading the model")
     tokenizer = chat.job_tokenizer(job, adapter or base)
     model = models.load_with_adapter(base, adapter, job.parameters["dtype"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from methods import contract
-from methods.toolkit import chat, models, preference_rows, scoring
+from methods.toolkit import chat, hardware, models, preference_rows, scoring
 
 
 def score_customized(job: contract.Job) -> dict[str, object]:
@@ -25,6 +25,7 @@ def score_complete(job: contract.Job) -> dict[str, object]:
 
 
 def _score(job: contract.Job, base: str, adapter: str | None) -> dict[str, object]:
+    hardware.warn_of_emulation(job, hardware.inference_device())
     job.phase("loading the model")
     torch.manual_seed(job.seed)  # a base model has no head: its scores are by chance, and the same each time
     tokenizer = chat.job_tokenizer(job, adapter or base)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from methods.toolkit.chat import Message, Rendered, Tools, render_conversation
+from methods.toolkit.chat import Message, Tools, render_conversation
 
 _LOGITS = 64_000_000  # of one forward pass, one for each token and entry of the vocabulary: 256 MB
 
@@ -17,6 +17,13 @@ class Likelihood:
 
     logprob: float
     tokens: int
+
+
+class Span(NamedTuple):
+    """Tokens, of which the first `prompt_length` are given and the likelihood of the others is asked for."""
+
+    input_ids: list[int]
+    prompt_length: int
 
 
 def answer_likelihoods(
@@ -35,19 +42,27 @@ def answer_likelihoods(
         render_conversation(tokenizer, messages, len(messages) - 1, each)
         for messages, each in zip(conversations, tools or [None] * len(conversations), strict=True)
     ]
-    order = sorted(range(len(rendered)), key=lambda index: len(rendered[index].input_ids), reverse=True)
+    spans = [Span(each.input_ids, each.prompt_length) for each in rendered]
+    return span_likelihoods(model, tokenizer, spans, on_progress=on_progress)
+
+
+def span_likelihoods(
+    model: Any, tokenizer: Any, spans: Sequence[Span], *, on_progress: Callable[[int], None] = lambda done: None
+) -> list[Likelihood]:
+    """The likelihood of the tokens of each span after the given ones, in order."""
+    order = sorted(range(len(spans)), key=lambda index: len(spans[index].input_ids), reverse=True)
     found: dict[int, Likelihood] = {}
     while len(found) < len(order):
         start = len(found)
-        count = max(1, _LOGITS // (len(rendered[order[start]].input_ids) * len(tokenizer)))
+        count = max(1, _LOGITS // (len(spans[order[start]].input_ids) * len(tokenizer)))
         chosen = order[start : start + count]
-        batch = _batch_likelihoods(model, tokenizer, [rendered[index] for index in chosen])
+        batch = _batch_likelihoods(model, tokenizer, [spans[index] for index in chosen])
         found.update(zip(chosen, batch, strict=True))
         on_progress(len(found))
     return [found[index] for index in range(len(order))]
 
 
-def _batch_likelihoods(model: Any, tokenizer: Any, rows: list[Rendered]) -> list[Likelihood]:
+def _batch_likelihoods(model: Any, tokenizer: Any, rows: list[Span]) -> list[Likelihood]:
     import torch
 
     width = max(len(row.input_ids) for row in rows)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import models
+from methods.toolkit import expert_weights, hardware, models
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-_NF4_BYTES = 0.55  # 4 bits and the double-quantised scales
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 0.5, "sgd": 0.0}
 _LIBRARIES_GIB = 0.5
 _HEAD_TOKENS = 4096  # the fused output head works on the trained positions in pieces
 
 
 def estimate_gib(
-    config: Any, total: int, trainable: int, longest: int, parameters: dict[str, Any], *, has_head: bool = True
+    config: Any, weights: float, trainable: int, longest: int, parameters: dict[str, Any], *, has_head: bool = True
 ) -> float:
     """Peak memory of training in GiB: weights, gradients, optimizer state, activations, logits.
 
-    `total` and `trainable` are numbers of parameters, `longest` is the longest row in tokens, `has_head` is false for a
-    model that gives no logits. On SmolLM2-135M (512 tokens, batch 1 to 8, LoRA in bfloat16 and float32, full in
-    float32) it was within 13 % of the measured peak; with gradient checkpointing it was half of the peak, so take it
-    for a lower bound there.
+    `weights` is the size of the loaded weights in bytes, `trainable` a number of parameters, `longest` is the longest
+    row in tokens, `has_head` is false for a model that gives no logits. On SmolLM2-135M (512 tokens, batch 1 to 8,
+    LoRA in bfloat16 and float32, full in float32) it was within 13 % of the measured peak; with gradient checkpointing
+    it was half of the peak, so take it for a lower bound there.
     """
-    dtype = parameters["dtype"] if parameters["dtype"] in _BYTES else "float32"
-    size = _BYTES[dtype]
-    weights = total * (_NF4_BYTES if parameters["load_in_4bit"] else size)
+    size = _BYTES[hardware.resolve_dtype(parameters["dtype"], hardware.training_device())]
     state = trainable * (4.0 + _OPTIMIZER_BYTES[parameters["optimizer"]])
     text = config.get_text_config()
     tokens = longest * parameters["batch_size"]
@@ -38,6 +36,26 @@ def estimate_gib(
         activations = tokens * layer * text.num_hidden_layers
     logits = 2 * min(tokens, _HEAD_TOKENS) * text.vocab_size * 4.0 if has_head else 0.0
     return float((weights + state + activations + logits) / 2**30) + _LIBRARIES_GIB
+
+
+def loaded_bytes(model: Any) -> float:
+    """The memory that the weights and buffers of a model take as they are loaded, in bytes; shared ones count once."""
+    tensors = {id(each): each for each in chain(model.parameters(), model.buffers())}
+    return float(sum(each.nbytes + _scales_bytes(each) for each in tensors.values()))
+
+
+def _scales_bytes(weight: Any) -> float:
+    """What a 4-bit weight keeps beside its bytes: a scale for each of its blocks, quantised once more."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return 0.0
+    outer = state.state2.absmax.nbytes if state.nested else 0
+    return float(state.absmax.nbytes + outer)
+
+
+def _width(model: Any) -> int:
+    """Bytes of one weight of the base, where it is not quantised: the embeddings come first, and never are."""
+    return next(int(each.element_size()) for each in model.parameters() if each.is_floating_point())
 
 
 def _layer_bytes(text: Any, size: float, *, lora: bool) -> float:
@@ -81,14 +99,15 @@ def report_memory(
     """
     counts = models.parameter_counts(model)
     parameters = {"load_in_4bit": False, **job.parameters, "tuning": tuning}
-    total = counts["total"] + frozen
-    needed = estimate_gib(model.config, total, counts["trainable"], longest, parameters, has_head=has_head)
+    weights = loaded_bytes(model) + frozen * _width(model)
+    needed = estimate_gib(model.config, weights, counts["trainable"], longest, parameters, has_head=has_head)
     free = available_gib()
     contract.write_json(
         job.folder / "preflight.json",
         {**counts, "estimated_memory_gib": needed, "available_memory_gib": free},
     )
     job.artifact(job.folder / "preflight.json")
+    expert_weights.report(job, model)
     share = counts["trainable"] / counts["total"]
     print(f"training {counts['trainable']:,} of {counts['total']:,} parameters ({share:.2%})", flush=True)
     if free is not None and needed > free:

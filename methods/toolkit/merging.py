@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from methods import contract
 from methods.contract import Refused
-from methods.toolkit import models, probing
+from methods.toolkit import models, probing, remote_code
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Greatest allowed difference of logits, relative to their largest value, by the dtype the weights are saved in:
@@ -72,7 +73,7 @@ def saving_dtype(base: str, wanted: str) -> str:
 
     if wanted != "auto":
         return wanted
-    own = AutoConfig.from_pretrained(base).dtype
+    own = AutoConfig.from_pretrained(base, **remote_code.loading(base)).dtype
     return str(own or torch.float32).removeprefix("torch.")
 
 
@@ -86,13 +87,31 @@ def merged(base: str, adapter: str, load: models.Load = models.load_model) -> An
 
     Never into a quantised base: rounding the sum to 4 bits would lose the fine-tune (peft issue 2321).
     """
-    return models.load_with_adapter(base, adapter, "float32", load).merge_and_unload(safe_merge=True)
+    model = models.load_with_adapter(base, adapter, "float32", load)
+    untie_adapted(model)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def untie_adapted(model: Any) -> None:
+    """Give the output head weights of its own where an adapter changes the input embeddings that it shares.
+
+    Else the merge would change both. The saved model is larger by one table of embeddings.
+    """
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    if head is None or not isinstance(base.get_input_embeddings(), BaseTunerLayer):
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
 def save_weights(model: Any, output: Path, dtype: str) -> None:
     """Save a whole model as safetensors in `dtype`, its configuration saying so."""
     model = model.to(getattr(torch, dtype))
-    model.config.get_text_config().use_cache = True
+    text = model.config.get_text_config()
+    text.use_cache = True
+    if hasattr(text, "output_router_logits"):
+        text.output_router_logits = False  # training switches it on, for the loss that balances experts
     model.save_pretrained(output, max_shard_size="5GB")
 
 

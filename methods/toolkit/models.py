@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from methods.contract import Refused
+from methods.toolkit import chat, hardware, remote_code
 
 Load = Callable[..., Any]
 """Loads a model of some kind from a path, in a dtype, in 4 bit where that is asked for."""
 
 
-def choose_dtype(name: str) -> Any:
-    """The torch dtype of a `dtype` parameter; `auto` is bfloat16 on hardware made for it, else float32."""
+def choose_dtype(name: str, device: hardware.Device | None = None) -> Any:
+    """The torch dtype of a `dtype` parameter; `hardware.resolve_dtype` says what `auto` is on the device."""
     import torch
 
-    if name == "auto":
-        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if supported else torch.float32
-    return getattr(torch, name)
+    return getattr(torch, hardware.resolve_dtype(name, device))
 
 
 def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
@@ -31,15 +29,42 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **loading(dtype, load_in_4bit))
+        with remote_code.explained(path):
+            own = remote_code.loading(path)
+            model = AutoModelForCausalLM.from_pretrained(path, **own, **loading(dtype, load_in_4bit))
+            if own["trust_remote_code"]:
+                settle_cache(model)
+            return model
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a causal language model: {error}") from error
+
+
+def settle_cache(model: Any) -> None:
+    """Let a model generate without a cache if its own code does not take the library's cache objects.
+
+    Code of before transformers 4.36 reads the cache as nested tuples. The setting is saved with the model.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    # Older code loaded a second time in one process has no `generate`: transformers adds it at the first load only.
+    if not hasattr(model, "generation_config"):
+        return
+    keep_differentiable(model)
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    except (TypeError, AttributeError, LookupError, ValueError):
+        model.generation_config.use_cache = False
 
 
 def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     """Load a model with one number as its output: a reward model, or a base model under a new random head.
 
-    The global generator decides the head. Raises Refused if the model cannot be loaded as one.
+    The global generator decides the head. The score is read at the last token that is not the pad token of the
+    model's tokenizer, whether or not the base names one. Raises Refused if the model cannot be loaded as one.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -47,11 +72,16 @@ def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # else it advises to train a base model's head, which is what is about to happen
     try:
-        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **loading(dtype, load_in_4bit))
+        with remote_code.explained(path):
+            found = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, **remote_code.loading(path), **loading(dtype, load_in_4bit)
+            )
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a reward model: {error}") from error
     finally:
         logging.set_verbosity(told)
+    found.config.get_text_config().pad_token_id = chat.load_tokenizer(path)[0].pad_token_id
+    return found
 
 
 def loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:
@@ -95,6 +125,17 @@ def load_with_adapter(base: str, adapter: str | None, dtype: str, load: Load = l
 
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
+
+
+def save_trained(model: Any, folder: Path) -> None:
+    """Save what training leaves: the adapter of a model that has one, else the whole model.
+
+    An adapter on the embeddings is saved without the base's embeddings, which it does not change.
+    """
+    from peft import PeftModel
+
+    alone = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **alone)
 
 
 def parameter_counts(model: Any) -> dict[str, int]:

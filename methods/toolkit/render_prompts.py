@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from methods.toolkit import remote_code
+
 
 def main() -> None:
     """Render every conversation the way `transformers serve` does: same loader, same arguments."""
@@ -20,7 +24,7 @@ def main() -> None:
     folder, messages_file, output = sys.argv[1:]
     conversations = json.loads(Path(messages_file).read_text(encoding="utf-8"))
     loader: Any = AutoProcessor
-    processor = loader.from_pretrained(folder)
+    processor = loader.from_pretrained(folder, **remote_code.loading(folder))
     rendered = [
         processor.apply_chat_template(
             [_as_served(message) for message in messages],

@@ -17,8 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from methods.toolkit import remote_code
 from methods.toolkit.chat import IGNORED, Rendered, follow_rows, load_tokenizer, render_conversation, render_prompt
 from methods.toolkit.chat_template import TemplateSettings
+from methods.toolkit.documents import document_ids
 from methods.toolkit.tokenizing import RowReport, Turns, talks
 
 EXAMPLES = 3
@@ -39,6 +41,9 @@ def renderings(tokenizer: Any, kind: str, row: dict[str, Any]) -> Iterator[dict[
         for label, better, answer in _answers(kind, row):
             said = render_conversation(tokenizer, [*row["prompt"], *answer], len(row["prompt"]), tools)
             yield {"label": label, **_shown(tokenizer, said, start if better else None)}
+    elif kind == "text":
+        ids = document_ids(tokenizer, row["text"])
+        yield {"label": "", "tokens": len(ids), "trained": len(ids), "parts": [(tokenizer.decode(ids), True)]}
     elif kind == "vision":
         yield {"label": "", **_rendered_text(tokenizer, row)}
     else:
@@ -94,13 +99,15 @@ def _text(tokenizer: Any, row: dict[str, Any], messages: int, *, asked: bool) ->
 
 
 def _tokenizer(folder: str, kind: str, rows: Path) -> Any:
+    if kind == "text":
+        return load_tokenizer(folder)[0]
     if kind in ("chat", "chat_tools", "preference", "ranking", "vision"):
         tokenizer, _ = load_tokenizer(folder)
         follow_rows(tokenizer, TemplateSettings(), rows)
         return tokenizer
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, **remote_code.loading(folder))
 
 
 def _without_torch() -> None:

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from methods.toolkit import remote_code
+
 
 def main() -> None:
     """Render every conversation with the header that makes the model answer."""
@@ -19,7 +23,7 @@ def main() -> None:
 
     folder, messages_file, output = sys.argv[1:]
     loader: Any = AutoTokenizer
-    tokenizer = loader.from_pretrained(folder)
+    tokenizer = loader.from_pretrained(folder, **remote_code.loading(folder))
     texts = []
     for messages in json.loads(Path(messages_file).read_text(encoding="utf-8")):
         try:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from methods import contract
 from methods.toolkit import generating, rewards
+from methods.toolkit.best_checkpoint import BestStep
 from methods.toolkit.chat import render_prompt
 from methods.toolkit.rewards import Reward
 
@@ -35,7 +36,8 @@ class RewardEvaluation(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         last = state.global_step == state.max_steps
-        if (state.global_step % self.every == 0 or last) and not self.job.cancelled:
+        in_haste = self.job.cancelled and not BestStep(self.job).is_asked_for
+        if (state.global_step % self.every == 0 or last) and not in_haste:
             self._evaluate(model, state)
 
     def _evaluate(self, model: Any, state: Any) -> None:
@@ -54,6 +56,7 @@ class RewardEvaluation(TrainerCallback):
             "eval_completion_length": _mean(columns["tokens"]),
         }
         self.job.metrics(state.global_step, **figures)
+        state.log_history.append({"step": state.global_step, **figures})  # for keep_best, and for checkpoints
         shown = "  ".join(f"{name} {value:.6g}" for name, value in figures.items())
         print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
         self._keep(state.global_step, texts, total)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from methods import contract
-from methods.toolkit import chat, merging, models, probing, processes, tokenizing
+from methods.toolkit import chat, merging, models, probing, processes, remote_code, tokenizing
 
 
 def save_trained(
@@ -35,18 +36,21 @@ def save_model(job: contract.Job, trainer: Any, tokenizer: Any, outcome: dict[st
     Of several processes the main one writes.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # What a server stops at: where the template ends a turn with another token than the base stops at, it is added.
-    model.generation_config.eos_token_id = chat.end_tokens(tokenizer)
+    generation = getattr(model, "generation_config", None)  # a reward model has none
+    if generation is not None:
+        # What a server stops at: where the template ends a turn with another token than the base stops at, it is added.
+        generation.eos_token_id = chat.end_tokens(tokenizer)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(job.output))  # gathers the parts of all processes
         (job.output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads
     elif job.is_main:
-        trainer.model.save_pretrained(job.output)
+        models.save_trained(trainer.model, job.output)
     adapter = isinstance(model, PeftModel)
     if job.is_main:
         chat.save_tokenizer(tokenizer, job.output)
-        if adapter:
-            model.generation_config.save_pretrained(job.output)
+        if adapter and generation is not None:
+            generation.save_pretrained(job.output)
+        remote_code.carry(job.inputs["base_model"], job.output)
     processes.wait_for_all()
     return {"model": str(job.output), "adapter": adapter, **outcome}
 
@@ -65,7 +69,11 @@ def save_complete(job: contract.Job, dtype: str) -> None:
         merging.save_weights(models.load_model(trained, "float32"), job.output, dtype)
     tokenizer, _ = chat.load_tokenizer(trained)
     tokenizer.save_pretrained(job.output)
-    shutil.copyfile(Path(trained) / probing.PROBES_FILE, job.output / probing.PROBES_FILE)
+    remote_code.carry(base, job.output)
+    # The generation settings hold the end tokens of training: those of the base may lack some.
+    for name in (probing.PROBES_FILE, GENERATION_CONFIG_NAME):
+        if (Path(trained) / name).exists():
+            shutil.copyfile(Path(trained) / name, job.output / name)
 
 
 def verify(job: contract.Job, dtype: str) -> merging.Verification:

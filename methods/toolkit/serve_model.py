@@ -51,6 +51,35 @@ def end_with_starter(record: Path) -> None:
     threading.Thread(target=watch, name="end-with-starter", daemon=True).start()
 
 
+def keep_to_own_code(model: str) -> None:
+    """Let the server load the one folder whose code is allowed, and load nothing else.
+
+    Its route `/load_model` loads any folder that a request names, which with `--trust-remote-code` would run any code.
+    It looks for the model's class in transformers itself, where a class of the model's own is not: it is put there.
+    Raises Refused if the folder's code is not what was allowed.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import transformers
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from methods.toolkit import models, remote_code
+
+    remote_code.trusted(model)
+    architecture = remote_code.read_object(Path(model) / "config.json")["architectures"][0]
+    if not hasattr(transformers, architecture):
+        setattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    load = ModelManager.load_model_and_processor
+
+    def load_own(self: ModelManager, model_id_and_revision: str, *given: Any, **named: Any) -> Any:
+        if model_id_and_revision.rpartition("@")[0] != model:
+            raise ValueError(f"this server runs code of the model {model} and loads no other")
+        loaded = load(self, model_id_and_revision, *given, **named)
+        models.settle_cache(loaded[0])
+        return loaded
+
+    ModelManager.load_model_and_processor = load_own
+
+
 def keep_what_templates_show() -> None:
     """Have the library pass on the text of a message that also calls tools, and the name of a tool's result.
 
@@ -79,6 +108,9 @@ def main() -> None:
     end_with_starter(Path(record))
     keep_what_templates_show()
     from transformers.cli.transformers import app
+
+    if "--trust-remote-code" in arguments:
+        keep_to_own_code(arguments[0])
 
     sys.argv = ["transformers", "serve", *arguments]
     app()

@@ -19,7 +19,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from methods import contract
-from methods.toolkit import processes
+from methods.toolkit import finite, hardware, own_heads, processes
+from methods.toolkit.best_checkpoint import BestStep, load_best
+from methods.toolkit.best_metric import is_lower_better
 from methods.toolkit.checkpoints import remove_torn_checkpoints
 
 OPTIMIZERS = {
@@ -42,6 +44,7 @@ CURVES = {
     "mean_token_accuracy": "token_accuracy",
     "num_tokens": "tokens",
     "eval_loss": "eval_loss",
+    "eval_perplexity": "eval_perplexity",
     "eval_mean_token_accuracy": "eval_token_accuracy",
     "eval_ndcg_at_10": "eval_ndcg_at_10",
     "eval_mrr_at_10": "eval_mrr_at_10",
@@ -133,11 +136,12 @@ def training_arguments(job: contract.Job, *, has_validation: bool, **others: Any
 
 
 def weights_dtype(dtype: str, *, full: bool) -> str:
-    """The dtype that weights are loaded in for training, by name.
+    """The dtype that weights are loaded in for training, by name; for `auto` the one that the hardware computes.
 
     Gradients in float16 underflow without a loss scaler, which works on float32 weights and on a GPU only.
     Raises Refused where there is no such GPU.
     """
+    dtype = hardware.resolve_dtype(dtype, hardware.training_device())
     if dtype != "float16":
         return dtype
     if not torch.cuda.is_available():
@@ -152,11 +156,10 @@ def step_seed(seed: int, step: int, process: int = 0) -> int:
     return (seed + 1_000_003 * (step + 1) + 7_919 * process) % 2**32
 
 
-class Scheduled:
+class Scheduled(finite.FiniteUpdates):
     """Mixed in before a transformers trainer: its schedule follows from the job, and it counts what it works on."""
 
-    job: contract.Job
-    args: Any
+    control: Any
     real_positions = 0
     all_positions = 0
 
@@ -166,6 +169,12 @@ class Scheduled:
         scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         keep_above_floor(scheduler, p["lr_decay_ratio"])
         return scheduler
+
+    def _run_epoch(self, *, epoch: int, **named: Any) -> Any:
+        # A training that goes on from a checkpoint of its end has nothing left to do; the library would do a step.
+        if self.control.should_training_stop:
+            return None
+        return super()._run_epoch(epoch=epoch, **named)  # type: ignore[misc]
 
     def evaluate(self, *given: Any, **named: Any) -> Any:
         # Its data loader draws a random number, which training after it would miss.
@@ -199,11 +208,11 @@ class Repeatable(Scheduled):
         # After a resume in several processes the library does not reach the order behind its skipped batches.
         if self.order is not None:
             self.order.set_epoch(epoch)
-        return super()._run_epoch(epoch=epoch, **named)  # type: ignore[misc]
+        return super()._run_epoch(epoch=epoch, **named)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         self.count_positions(*(mask for name, mask in inputs.items() if name.endswith("attention_mask")))
-        return super().training_step(model, inputs, *rest, **named)  # type: ignore[misc]
+        return super().training_step(model, inputs, *rest, **named)
 
 
 class LengthGroupedOrder(Sampler[int]):
@@ -286,25 +295,58 @@ def _trained(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Saves when asked to stop, marks whole checkpoints, keeps the newest ones."""
+    """Saves when asked to stop, marks whole checkpoints, keeps the newest ones and the best, ends a training early."""
 
     def __init__(self, job: contract.Job) -> None:
-        self.job = job
+        self.job, self.best = job, BestStep(job)
         self._evaluated_at = -1
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        found = evaluations(state.log_history)
+        if self.best.is_asked_for:
+            self.best.check(found)
+        done = 0 < state.max_steps <= state.global_step
+        if done or self.best.has_ended(found) or self.job.inputs.get(SAVE_ONLY):
+            control.should_training_stop = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The loss of this step was that of the newest checkpoint's weights, or of later ones. If it is finite, that
+        # checkpoint can replace older ones.
+        if not finite.was_left_out(state):
+            self._remove_old(state)
         # Asked by one signal each, they are to stop at the same step.
         self.job.cancelled = processes.any_of(self.job.cancelled, args.device)
         if self.job.cancelled:
             control.should_save = True
             control.should_training_stop = True
-        elif args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+        # A cancelled training has little time, but without this evaluation it could choose another best step.
+        in_haste = self.job.cancelled and not self.best.is_asked_for
+        if args.eval_strategy == "epoch" and self._ends_an_epoch(state) and not in_haste:
             # The library saves first, and who resumes from there would never evaluate this epoch.
             control.should_evaluate = True
             self._evaluated_at = state.global_step
+        if self.best.is_asked_for and control.should_evaluate:
+            control.should_save = True
+        self._judge(args, state, control)  # an evaluation that this trainer's own callback has made
         if control.should_save:
             # A loss that was summed up but not logged is in no checkpoint: a resumed curve would lack it.
             control.should_log = True
+
+    def _ends_an_epoch(self, state: Any) -> bool:
+        return float(state.epoch).is_integer() or (self.best.is_asked_for and state.global_step >= state.max_steps)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._judge(args, state, control)
+
+    def _judge(self, args: Any, state: Any, control: Any) -> None:
+        """Save the step if it was evaluated, and end the training if the evaluations no longer improve."""
+        found = evaluations(state.log_history)
+        if not self.best.is_asked_for or state.global_step not in found:
+            return
+        self.best.check(found)
+        control.should_save = True
+        if processes.any_of(self.job.is_main and self.best.has_ended(found), args.device):
+            control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.job.cancelled or self._evaluated_at == state.global_step:
@@ -314,7 +356,19 @@ class CheckpointKeeper(TrainerCallback):
         processes.wait_for_all()  # each has written its part
         if self.job.is_main:
             contract.mark_complete(self.job.checkpoints / f"checkpoint-{state.global_step}")
-            contract.keep_newest(self.job.checkpoints, self.job.parameters["keep_checkpoints"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._remove_old(state)
+
+    def _remove_old(self, state: Any) -> None:
+        """Remove old checkpoints but the best one, by what the newest, from which a resume goes on, knows of it."""
+        whole = contract.complete_checkpoints(self.job.checkpoints) if self.job.is_main else []
+        if not whole:
+            return
+        newest = int(whole[-1].name.removeprefix("checkpoint-"))
+        known = {step: figures for step, figures in evaluations(state.log_history).items() if step <= newest}
+        best = self.best.kept_step(known)
+        contract.keep_newest(self.job.checkpoints, self.job.parameters["keep_checkpoints"], best)
 
 
 class EventWriter(TrainerCallback):
@@ -325,6 +379,7 @@ class EventWriter(TrainerCallback):
         self.trainer: Any = None
         self._last = time.monotonic()
         self._seen = (0, 0)
+        self._substeps = self._validated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._last = time.monotonic()
@@ -333,7 +388,23 @@ class EventWriter(TrainerCallback):
         self.job.progress(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._substeps = 0
         self.job.progress(state.global_step, state.max_steps)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each batch of an accumulated step but the last."""
+        self._substeps += 1
+        part = min(self._substeps / args.gradient_accumulation_steps, 1.0)
+        note = f"batch {self._substeps} of {args.gradient_accumulation_steps}"
+        self.job.progress(state.global_step, state.max_steps, part, note)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each batch of validation rows."""
+        self._validated += 1
+        self.job.progress(state.global_step, state.max_steps, 0.0, f"validation batch {self._validated}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._validated = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         values = {ours: value for name, value in logs.items() if (ours := self.name_of(name)) is not None}
@@ -367,41 +438,65 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def run_training(trainer: Any, job: contract.Job) -> dict[str, float]:
+SAVE_ONLY = "save_checkpoint"
+"""An input of a job: the product is to be made of the checkpoint that it goes on from, without a further step."""
+
+
+def run_training(trainer: Any, job: contract.Job) -> dict[str, Any]:
     """Train to the end or until asked to stop, from the checkpoint of the job if it names one.
 
-    Returns steps, seconds and the mean loss. Raises contract.Cancelled once a checkpoint is saved, contract.Refused
-    if the loss is no longer a number.
+    The model then has the weights that are to be saved: those of the last step, or of the best one with `keep_best`.
+    Returns steps, seconds and the mean loss, with `keep_best` the best step and its figures, and why it has stopped
+    early. Raises contract.Cancelled once a checkpoint is saved, contract.Refused if losses are not finite.
     """
     if job.is_main:
         remove_torn_checkpoints(job.checkpoints)
     processes.wait_for_all()
     trainer.remove_callback(PrinterCallback)  # the same figures once more, as a dictionary
+    own_heads.score_by_own_forward(trainer)
     resume = str(job.resume_from) if job.resume_from else None
     outcome = trainer.train(resume_from_checkpoint=resume)
-    if job.cancelled and trainer.state.global_step < trainer.state.max_steps:
+    state = trainer.state
+    best, found = BestStep(job), evaluations(state.log_history)
+    if job.inputs.get(SAVE_ONLY):
+        return {"steps": state.global_step}
+    if job.cancelled and state.global_step < state.max_steps:
         raise contract.Cancelled
-    loss = mean_loss(trainer.state.log_history)
+    loss = mean_loss(state.log_history)
     if not math.isfinite(loss):
-        raise contract.Refused(
-            f"the loss became {loss}: the weights are of no use. "
-            "Lower learning_rate, lower max_grad_norm, or set dtype to float32 or bfloat16."
-        )
-    return {
-        "steps": outcome.global_step,
-        "seconds": outcome.metrics["train_runtime"],
-        "loss": loss,
-    }
+        raise finite.refusal(job, state.global_step, loss)
+    load_best(trainer, job, best, found)
+    ended = best.outcome(found, state.global_step)
+    if "stopped" in ended:
+        print(ended["stopped"], flush=True)
+    return {"steps": state.global_step, "seconds": outcome.metrics["train_runtime"], "loss": loss, **ended}
+
+
+def evaluations(history: list[dict[str, float]]) -> dict[int, dict[str, float]]:
+    """The figures of each evaluation in a trainer's history that one can be the best by, by step and our names."""
+    found: dict[int, dict[str, float]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            ours = curve_name(name) or name
+            if name.startswith("eval_") and is_lower_better(ours) is not None:
+                found.setdefault(int(entry["step"]), {})[ours] = value
+    return found
 
 
 def mean_loss(history: list[dict[str, float]]) -> float:
-    """Mean loss of all steps; the library's own mean leaves out those before a resume."""
-    total, last = 0.0, 0.0
+    """Mean loss of all steps; the library's own mean leaves out those before a resume.
+
+    Points that are not finite are left out with their steps: they were reported when their updates were left out.
+    """
+    total, counted, last = 0.0, 0.0, 0.0
     for entry in history:
         if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last)
+            steps = entry["step"] - last
             last = entry["step"]
-    return total / last if last else math.nan
+            if math.isfinite(entry["loss"]):
+                total += entry["loss"] * steps
+                counted += steps
+    return total / counted if counted else math.nan
 
 
 def last_logged(name: str, history: list[dict[str, float]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 
 from methods import contract
 from methods.toolkit import models, training
+from methods.toolkit.adapter_targets import check_targets, split_targets
 
 
 def load_trained_model(job: contract.Job, load: models.Load = models.load_model, start: str | None = None) -> Any:
@@ -40,8 +42,28 @@ def lora_config(parameters: dict[str, Any], task_type: str = "CAUSAL_LM") -> Lor
     )
 
 
+def fitting_lora(model: Any, parameters: dict[str, Any], task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """The LoRA that the hyper-parameters ask for. Raises Refused for targets that this model cannot train."""
+    return _fitted(model, lora_config(parameters, task_type))
+
+
+def _fitted(model: Any, config: LoraConfig) -> LoraConfig:
+    """The configuration with the experts among its targets where peft looks for them. Raises Refused."""
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return config
+    modules, experts = split_targets(model, config.target_modules)
+    check_targets(model, modules)
+    if experts and config.lora_dropout:
+        raise contract.Refused(
+            f"lora_dropout is {config.lora_dropout:g}, and lora_targets names experts ({', '.join(experts)}), whose "
+            "adapters have no dropout: set lora_dropout to 0"
+        )
+    return replace(config, target_modules=modules, target_parameters=experts or config.target_parameters)
+
+
 def add_lora(model: Any, config: LoraConfig) -> PeftModel:
-    """Put the adapter on top of the model. Raises Refused where the model has none of its targets."""
+    """Put the adapter on top of the model. Raises Refused where the model lacks one of its targets."""
+    config = _fitted(model, config)
     try:
         return get_peft_model(model, config)
     except ValueError as error:

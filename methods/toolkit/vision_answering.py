@@ -12,7 +12,7 @@ import torch
 from methods import contract
 from methods.toolkit import images, probing
 from methods.toolkit.answering import progress_of, read_requests, sampling_of, write_predictions
-from methods.toolkit.generating import Answer, Sampling, arguments, as_answer, end_tokens
+from methods.toolkit.generating import Answer, Sampling, as_answer, end_tokens, generation_config, record
 from methods.toolkit.likelihood import Likelihood
 from methods.toolkit.tokenizing import Conversation
 from methods.toolkit.vision_rows import Renderer, read_rows
@@ -36,7 +36,10 @@ def answer_requests(job: contract.Job, model: Any, renderer: Renderer) -> dict[s
     for index, reference in expected.items():
         likelihoods[index] = likelihood(model, renderer, talks[index], reference)
         on_progress(len(talks) + len(likelihoods))
-    return write_predictions(job, prompts, answers, started, likelihoods)
+    return {
+        **write_predictions(job, prompts, answers, started, likelihoods),
+        "generation": record(model, sampling_of(job)),
+    }
 
 
 def likelihood(model: Any, renderer: Renderer, prompt: list[dict[str, Any]], reference: str) -> Likelihood:
@@ -69,8 +72,8 @@ def generate(
     for start in range(0, len(conversations), batch_size):
         chosen = conversations[start : start + batch_size]
         batch = renderer.encode(chosen, prompt=True, side="left").to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**batch, **arguments(model, tokenizer, sampling))
+        with torch.inference_mode(), generation_config(model, tokenizer, sampling) as chosen_settings:
+            output = model.generate(**batch, generation_config=chosen_settings)
         width = batch["input_ids"].shape[1]
         # Padded on the left, and told by position: the pad token may be a real one.
         lengths = batch["attention_mask"].sum(dim=1).tolist()

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from methods.contract import Job, Refused
-from methods.toolkit import models
+from methods.toolkit import models, remote_code
 
 
 def load_processor(path: str) -> tuple[Any, list[str]]:
@@ -21,7 +21,7 @@ def load_processor(path: str) -> tuple[Any, list[str]]:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **remote_code.loading(path))
     except (ImportError, AttributeError, OSError, ValueError) as error:
         if find_spec("torchvision") is None and not isinstance(error, OSError):
             raise Refused(_needs_torchvision(path, error)) from error
@@ -98,7 +98,9 @@ def load_model(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, **models.loading(dtype, load_in_4bit))
+        return AutoModelForImageTextToText.from_pretrained(
+            path, **remote_code.loading(path), **models.loading(dtype, load_in_4bit)
+        )
     except (OSError, ValueError) as error:
         raise Refused(f"cannot load {path} as a model of images and text: {error}") from error
 

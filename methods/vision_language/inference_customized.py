@@ -6,12 +6,13 @@ Run as: python inference_customized.py JOB_DIR
 from __future__ import annotations
 
 from methods import contract
-from methods.toolkit import vision_answering, vision_models
+from methods.toolkit import hardware, vision_answering, vision_models
 from methods.toolkit.vision_rows import load_renderer
 
 
 def main(job: contract.Job) -> dict[str, object]:
     """Answer the requests of the job folder; returns where the answers lie."""
+    hardware.warn_of_emulation(job, hardware.inference_device())
     job.phase("loading the model")
     adapter = job.inputs["adapter"]
     renderer = load_renderer(adapter)

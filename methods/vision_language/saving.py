@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import contract
-from methods.toolkit import images, merging, probing, vision_models
+from methods.toolkit import images, merging, probing, remote_code, vision_models
 from methods.toolkit.vision_rows import load_renderer
 
 
@@ -25,6 +25,7 @@ def save_complete(job: contract.Job, dtype: str) -> None:
         merging.save_weights(vision_models.load_model(trained, "float32"), job.output, dtype)
     processor, _ = vision_models.load_processor(trained)
     processor.save_pretrained(job.output)
+    remote_code.carry(base, job.output)
     shutil.copyfile(Path(trained) / probing.PROBES_FILE, job.output / probing.PROBES_FILE)
 
 

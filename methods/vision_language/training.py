@@ -14,8 +14,11 @@ from trl import SFTConfig, SFTTrainer
 from methods import contract
 from methods.toolkit import (
     chat_rows,
+    hardware,
     memory,
+    models,
     probing,
+    remote_code,
     training,
     tuning,
     vision_answering,
@@ -85,8 +88,9 @@ def build_trainer(job: contract.Job, model: Any, renderer: Renderer, rows: Any, 
 
 def save(job: contract.Job, trainer: Trainer, renderer: Renderer, outcome: dict[str, float]) -> dict[str, object]:
     """Save the adapter (or the full weights), the processor and the probe prompts."""
-    trainer.model.save_pretrained(job.output)
+    models.save_trained(trainer.model, job.output)
     renderer.processor.save_pretrained(job.output)
+    remote_code.carry(job.inputs["base_model"], job.output)
     rows = list(vision_rows.read_rows(Path(job.inputs["train_rows"]), probing.PROBE_ROWS))
     vision_answering.write_probes(job.output, renderer, rows)
     return {"model": str(job.output), "adapter": job.parameters["tuning"] != "full", **outcome}
@@ -94,6 +98,7 @@ def save(job: contract.Job, trainer: Trainer, renderer: Renderer, outcome: dict[
 
 def main(job: contract.Job) -> dict[str, object]:
     """Train from the job folder; returns where the product lies and how it went."""
+    hardware.settle_dtype(job, hardware.training_device())
     job.phase("reading the data")
     renderer = prepare_processor(job)
     rows, validation = prepare_data(job, renderer)

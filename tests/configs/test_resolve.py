@@ -159,12 +159,12 @@ def test_documented_spelling_resolves_in_a_file_and_on_the_command_line(
 @pytest.mark.parametrize("name", [*Hyperparameters.model_fields])
 def test_every_hyperparameter_has_camel_upper_and_kebab_case(tmp_path: Path, name: str) -> None:
     value = {"lora_alpha": 4, "max_input_length": 64, "max_content_length": 64, "max_steps": 3}.get(
-        name, Hyperparameters.model_fields[name].default
+        name, Hyperparameters.model_fields[name].get_default(call_default_factory=True)
     )
-    value = 7 if value is None else value
+    value = "eval_loss" if name == "keep_best" else 7 if value is None else value
     first, *rest = name.split("_")
     for spelling in (name.upper(), first + "".join(word.title() for word in rest), name.replace("_", "-")):
-        resolved = resolve(tmp_path, f"{BASE}{spelling}: {value}\n")
+        resolved = resolve(tmp_path, f"{BASE}{spelling}: {value}\nvalidation_split: 0.1\n")
         assert value_of(resolved.config, name) == value
         assert resolved.origins[f"hyperparameters.{name}"].endswith("train.yaml:4")
 
@@ -600,7 +600,7 @@ OF_MODELS = {
     "ernie-bot-turbo-prompt-tuning",
     "codellama-7b-lora",
 }
-OF_EXAMPLES = {"qianfan-dpo", "quick-start", "sft-demo"}
+OF_EXAMPLES = {"qianfan-dpo", "qianfan-post-pretrain", "quick-start", "sft-demo"}
 
 
 @pytest.mark.parametrize("name", [*PRESET_VALUES])
@@ -675,6 +675,7 @@ def test_overridden_parameters_are_said(tmp_path: Path) -> None:
         ("lr_scheduler: constant\nlr_decay_ratio: 0.1\n", "lr_decay_ratio has no effect"),
         ("lr_scheduler: constant\nwarmup_steps: 5\n", "warm-up has no effect"),
         ("evaluation_steps: 5\n", "evaluation_steps has no effect"),
+        ("early_stopping_threshold: 0.1\n", "early_stopping_threshold has no effect"),
         ("max_steps: 100\nwarmup_steps: 100\n", "never ends"),
     ],
 )

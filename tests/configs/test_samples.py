@@ -34,6 +34,7 @@ def commands(row: dict[str, str]) -> list[dict[str, Any]]:
     [
         ("make_commands", ["commands_en", "commands_zh"]),
         ("make_preferences", ["preferences_en", "rankings_en"]),
+        ("make_manual", ["manual_en"]),
         ("make_tools", ["tools_en"]),
     ],
 )

@@ -38,6 +38,8 @@ def test_the_demo_takes_the_model_from_at_most_5_to_at_least_80_percent(tmp_path
     assert record["status"] == "completed"
     assert record["evaluation"]["base"]["accuracy"] <= 5
     assert record["evaluation"]["tuned"]["accuracy"] >= 80
+    assert record["resolved"]["dtype"]["origin"] == "hardware"
+    assert "The demo takes about" in told
     assert endpoint["state"] == "up"
     assert '"device"' in told.split("model:")[-1]
     assert "tuneline up" in told

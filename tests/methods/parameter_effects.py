@@ -8,15 +8,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 import torch
 
 from methods import contract
-from methods.toolkit import chat, training
+from methods.toolkit import chat, finite, training
+from methods.toolkit.best_metric import is_lower_better
 from tests.methods.stage_jobs import curve
-from tests.methods.training_bench import Bench, schedule
+from tests.methods.training_bench import Bench, result_of, schedule
 
 Effect = Callable[[Bench], None]
 
@@ -134,6 +136,59 @@ def evaluation_steps(bench: Bench) -> None:
     assert sorted(curve(folder, "eval_loss")) == [3, 6]
 
 
+QUICK: dict[str, Any] = {"max_steps": 4, "batch_size": 8, "checkpoint_steps": 100, "keep_checkpoints": 1}
+QUICK |= {"evaluation_steps": 1, "learning_rate": 5e-3, "lr_scheduler": "constant"}
+
+
+class Trains(Protocol):
+    """What can train."""
+
+    def train(self, *, validation: bool = False, **given: Any) -> Path: ...
+
+
+def keep_best(bench: Trains, metric: str = "eval_loss", **given: Any) -> None:
+    folder = bench.train(validation=True, **{**QUICK, **given, "keep_best": metric})
+    points = {step: values[0] for step, values in curve(folder, metric).items() if step > 0}
+    sign = 1 if is_lower_better(metric) else -1
+    best, last = min(points, key=lambda step: (sign * points[step], step)), max(points)
+    assert result_of(folder)["best_step"] == best
+    found = [path.name for path in contract.complete_checkpoints(folder / "checkpoints")]
+    assert found == [f"checkpoint-{step}" for step in sorted({best, last})]
+
+
+def early_stopping(bench: Trains, metric: str = "eval_loss", **given: Any) -> None:
+    """Patience counts evaluations, and a threshold that nothing reaches makes each of them one in vain."""
+    for patience in (1, 2):
+        hyper = {"early_stopping_patience": patience, "early_stopping_threshold": 1e9, "keep_best": None}
+        folder = bench.train(validation=True, **{**QUICK, **given, **hyper})
+        assert max(curve(folder, metric)) == result_of(folder)["steps"] == 1 + patience
+
+
+def stop_after_nonfinite(bench: Trains, **given: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, {2}, "loss")
+        folder = bench.train(**{**QUICK, **given, "stop_after_nonfinite": 2})
+        assert result_of(folder)["steps"] == {**QUICK, **given}["max_steps"]
+        with pytest.raises(contract.Refused, match="the loss became nan at step 2"):
+            bench.train(**{**QUICK, **given, "stop_after_nonfinite": 1})
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
+    """Let the loss or the gradient of these steps be NaN."""
+    whole_step = finite.FiniteUpdates.training_step
+
+    def step(self: Any, model: Any, *given: Any, **named: Any) -> Any:
+        loss = whole_step(self, model, *given, **named)
+        if self.state.global_step + 1 in steps:
+            if what == "loss":
+                self._step_losses = (loss * float("nan"),)
+                return self._step_losses[0]
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(finite.FiniteUpdates, "training_step", step)
+
+
 def logging_steps(bench: Bench) -> None:
     assert sorted(curve(bench.train(max_steps=6, logging_steps=3, batch_size=4), "loss")) == [1, 3, 6]
 
@@ -238,6 +293,10 @@ COMMON: dict[str, Effect] = {
     "checkpoint_steps": checkpoints,
     "keep_checkpoints": checkpoints,
     "evaluation_steps": evaluation_steps,
+    "keep_best": keep_best,
+    "early_stopping_patience": early_stopping,
+    "early_stopping_threshold": early_stopping,
+    "stop_after_nonfinite": stop_after_nonfinite,
     "logging_steps": logging_steps,
     "gradient_checkpointing": gradient_checkpointing,
     "group_by_length": group_by_length,

@@ -111,6 +111,7 @@ def training_job(
         method=method,
         base_model=str(base),
         dataset=str(rows),
+        validation_dataset=str(validation) if validation else None,
         max_new_tokens=8,
         hyperparameters=Hyperparameters(**{**chosen.hyperparameter_defaults, **hyper}),
         method_params={name: value for name, value in given.items() if name not in hyper},

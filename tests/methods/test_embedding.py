@@ -65,6 +65,7 @@ class Bench:
             method="embedding",
             base_model="b",
             dataset="d",
+            validation_dataset="v" if validation or (rows or {}).get("validation") else None,
             hyperparameters=Hyperparameters(**{**method.hyperparameter_defaults, **hyper}),
             method_params={name: value for name, value in given.items() if name not in hyper},
         )
@@ -82,7 +83,7 @@ class Bench:
 
     def inference(self, weights: dict[str, str], **inputs: str) -> Path:
         stage = "inference-customized" if "adapter" in weights else "inference-complete"
-        parameters = {**Generation().model_dump(exclude={"seed"}), "dtype": "float32"}
+        parameters = {**Generation().parameters(), "dtype": "float32"}
         return self.job(stage, {**weights, **inputs}, parameters)
 
     def job(
@@ -442,7 +443,9 @@ CHECKS: dict[str, Check] = {
         ),
     ),
 }
-_TRAINED = {"keep_checkpoints"}  # what shows in a train only: see below
+# What shows in a train only: see below.
+_TRAINED = {"keep_checkpoints", "keep_best", "early_stopping_patience", "early_stopping_threshold"}
+_TRAINED |= {"stop_after_nonfinite"}
 
 
 def padding(found: dict[str, Any]) -> int:
@@ -494,6 +497,20 @@ def test_checkpoints_are_kept_as_asked_and_what_saves_memory_changes_no_loss(ben
     assert expected[-1] != expected[0]
     for folder in (sparing, cached):
         assert [values[0] for values in curve(folder, "loss").values()] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_best_checkpoint_is_kept_and_a_train_stops_early_and_at_nan(bench: Bench) -> None:
+    given: dict[str, Any] = {"batch_size": 6, "evaluation_steps": 1, "checkpoint_steps": 100, "keep_checkpoints": 1}
+    given |= {"validation": True, "lr_scheduler": "constant", "learning_rate": 1e-2, "max_steps": 5}
+    best = bench.training(tuning="lora", keep_best="eval_ndcg_at_10", **given)
+    ended = bench.training(early_stopping_patience=2, early_stopping_threshold=1e9, **given)
+    bench.run([("training", folder) for folder in (best, ended)])
+    points = {step: values[0] for step, values in curve(best, "eval_ndcg_at_10").items()}
+    step = min(points, key=lambda each: (-points[each], each))
+    assert json.loads((best / contract.RESULT_FILE).read_text())["best_step"] == step
+    kept = best / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors"
+    assert (best / "output" / "adapter_model.safetensors").read_bytes() == kept.read_bytes()
+    assert json.loads((ended / contract.RESULT_FILE).read_text())["steps"] == 3
 
 
 def test_what_was_set_for_nothing_and_what_is_left_out_is_told(bench: Bench) -> None:

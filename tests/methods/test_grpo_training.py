@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def learned(taught: Path, rows: Path, held_back: Path, tmp_path_factory: pytest.
     """The job folder of a train on the task."""
     bench = Bench("grpo", taught, rows, tmp_path_factory.mktemp("learned"), held_back)
     return bench.train(validation=True, **LEARNING)
+
+
+def test_settings_of_the_models_own_generation_config_bend_no_sample(taught: Path, rows: Path, tmp_path: Path) -> None:
+    bent = tmp_path / "bent"
+    shutil.copytree(taught, bent)
+    own = {"suppress_tokens": list(range(3, 300)), "repetition_penalty": 5.0, "min_p": 0.9, "no_repeat_ngram_size": 1}
+    file = bent / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    folders = [Bench("grpo", base, rows, tmp_path / f"jobs-{base.name}").train(**SHORT) for base in (taught, bent)]
+    assert curve(folders[0], "reward") == curve(folders[1], "reward")
+    assert curve(folders[0], "completion_length") == curve(folders[1], "completion_length")
+    assert losses(folders[0]) == losses(folders[1])
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
@@ -291,6 +304,7 @@ def _tuning(bench: Bench) -> None:
     assert lora.ref_model is None  # it is the model without its adapter
 
 
+REWARDED: dict[str, Any] = {**SHORT, "max_steps": 3, "max_samples": 4}
 COMMON: dict[str, Callable[[Bench], None]] = {
     **effects.COMMON,
     "max_seq_length": _max_seq_length,
@@ -305,6 +319,10 @@ COMMON: dict[str, Callable[[Bench], None]] = {
     "checkpoint_steps": effects.argument("save_steps", "checkpoint_steps", 7),
     "keep_checkpoints": _checkpoints,
     "evaluation_steps": _evaluation_steps,
+    "keep_best": lambda bench: effects.keep_best(bench, "eval_reward_exact", **REWARDED),
+    "early_stopping_patience": lambda bench: effects.early_stopping(bench, "eval_reward", **REWARDED),
+    "early_stopping_threshold": lambda bench: effects.early_stopping(bench, "eval_reward", **REWARDED),
+    "stop_after_nonfinite": lambda bench: effects.stop_after_nonfinite(bench, **SHORT),
     "logging_steps": _logging_steps,
     "group_by_length": _group_by_length,
     "tuning": _tuning,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
-from configs.endpoints import Probe
+from configs.endpoints import GREEDY_SETTINGS, Probe
 from configs.settings import Settings
 from methods.peft import deploying
 from methods.registry import find_method
@@ -59,6 +60,20 @@ def test_a_greedy_answer_is_the_models_own_with_its_prompt(served: deploying.Cha
     assert answer["model"] == "m"
     base = models.load_with_adapter(str(tiny_model), None, "float32")
     assert generating.generate(base, served.tokenizer, [prompt], generating.Sampling(12))[0].text != expected.text
+
+
+def test_a_request_gets_the_published_settings_that_it_does_not_name(served: deploying.ChatModel) -> None:
+    plain = ask(served)["choices"][0]["message"]["content"]
+    config = served.model.get_base_model().generation_config
+    first = served.tokenizer(plain)["input_ids"][0]
+    published = {"do_sample": True, "temperature": 0.6, "top_p": 0.8, "top_k": 1, "suppress_tokens": [first]}
+    with generating.replaced_config(served.model, GenerationConfig(**{**config.to_diff_dict(), **published})):
+        own = deploying.ChatModel("m", served.model, served.tokenizer, GREEDY_SETTINGS)
+        bent = ask(own)["choices"][0]["message"]["content"]
+        assert bent != plain
+        assert text_of(streamed(own)).strip() == bent
+        assert ask(own, temperature=None)["choices"][0]["message"]["content"] == bent  # top_k 1 leaves one token
+    assert served.model.get_base_model().generation_config is config
 
 
 def test_a_stream_gives_the_same_answer_in_pieces(served: deploying.ChatModel) -> None:

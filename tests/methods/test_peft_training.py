@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from methods import contract
@@ -237,9 +238,14 @@ def test_a_learning_rate_outside_of_the_documented_range_is_told(bench: Bench, r
         ({"technique": "prefix_tuning", "gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"technique": "llama_adapter", "adapter_layers": 3}, "adapter_layers is 3, and the model has 2"),
         ({"technique": "ia3", "ia3_feedforward": ["down_proj"]}, "ia3_targets, which are not set"),
-        ({"technique": "ia3", "ia3_targets": ["queries"]}, "ia3 does not fit this model.*queries"),
-        ({"technique": "lora", "lora_targets": "queries"}, "lora does not fit this model.*queries"),
-        ({"technique": "ia3", "ia3_targets": ["v_proj"], "ia3_feedforward": ["down_proj"]}, "ia3: .*subset"),
+        ({"technique": "ia3", "ia3_targets": ["queries"]}, "ia3_targets names queries, which this model"),
+        ({"technique": "lora", "lora_targets": ["queries"]}, "lora_targets names queries, which this model"),
+        ({"technique": "adalora", "lora_targets": ["embed_tokens"]}, "set lora_targets to other layers, of down_proj"),
+        ({"technique": "dora", "lora_targets": ["lm_head"]}, "lora_targets names lm_head, the output head"),
+        (
+            {"technique": "ia3", "ia3_targets": ["v_proj"], "ia3_feedforward": ["down_proj"]},
+            "ia3_feedforward names down_proj, which ia3_targets does not",
+        ),
         ({"technique": "prompt_tuning", "num_virtual_tokens": 500}, "500 virtual tokens and a row of"),
     ],
 )
@@ -250,15 +256,72 @@ def test_what_cannot_be_trained_is_refused_with_the_parameter(
         bench.build(**parameters)
 
 
-def test_llama_adapter_refuses_a_model_of_another_architecture(bench: Bench, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+EXPERTS = {"head_dim": 16, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "phi3": ("Phi3Config", {}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32}),
+    "gpt_oss": ("GptOssConfig", {**EXPERTS, "num_local_experts": 4}),
+}
 
-    config = Qwen2Config(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
-    AutoTokenizer.from_pretrained(bench.base).save_pretrained(tmp_path / "qwen")
-    other = Bench("peft", tmp_path / "qwen", bench.rows, tmp_path / "other")
-    with pytest.raises(contract.Refused, match=r"llama_adapter does not fit this model.*qwen2"):
-        other.build(technique="llama_adapter")
+
+def bench_of(family: str, bench: Bench, folder: Path) -> Bench:
+    """Trains of a tiny model of another family, with the tokenizer of the bench's."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bench.base)
+    name, own = FAMILIES[family]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = getattr(transformers, name)(**sizes, **ids, num_key_value_heads=2, **own)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
+    tokenizer.save_pretrained(folder / family)
+    return Bench("peft", folder / family, bench.rows, folder / "jobs")
+
+
+@pytest.mark.parametrize(
+    ("family", "technique", "said"),
+    [
+        ("qwen2", "llama_adapter", "models of the types llama, mistral, gpt2, and this one is qwen2; set technique to"),
+        (
+            "phi3",
+            "ia3",
+            r"models of the type phi3; set ia3_targets.*ia3_targets: \[qkv_proj, down_proj\], "
+            r"ia3_feedforward: \[down_proj\]. Layers of this model: down_proj, embed_tokens, gate_up_proj, o_proj",
+        ),
+        ("qwen3_moe", "dora", r"use_dora=True. To fix it, set lora_targets to other layers, of embed_tokens, k_proj"),
+        ("qwen3_moe", "ia3", r"set ia3_targets.*for example ia3_targets: \[k_proj, v_proj\]"),
+    ],
+)
+def test_a_technique_that_a_family_does_not_take_is_refused_with_the_fix(
+    bench: Bench, tmp_path: Path, family: str, technique: str, said: str
+) -> None:
+    with pytest.raises(contract.Refused, match=f"(?s)technique {technique}.*: .*{said}"):
+        bench_of(family, bench, tmp_path).build(technique=technique)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "gpt_oss"])
+def test_a_technique_that_fails_in_a_familys_own_code_is_refused_before_the_train(
+    bench: Bench, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = bench_of(family, bench, tmp_path)
+    assert curve(other.train(technique="prefix_tuning", max_steps=1, learning_rate=0.01), "loss")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AttributeError("no cache of this kind")
+
+    monkeypatch.setattr(PeftModelForCausalLM, "get_prompt", broken)
+    said = f"technique prefix_tuning does not work with this model .{family}.: AttributeError: no cache.*Set technique"
+    with pytest.raises(contract.Refused, match=said):
+        other.build(technique="prefix_tuning")
+
+
+def test_ia3_trains_fused_layers_that_are_named(bench: Bench, tmp_path: Path) -> None:
+    other = bench_of("phi3", bench, tmp_path)
+    named = {"ia3_targets": ["qkv_proj", "down_proj"], "ia3_feedforward": ["down_proj"]}
+    folder = other.train(technique="ia3", max_steps=2, learning_rate=0.01, **named)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in weights(folder)} == {"qkv_proj", "down_proj"}
 
 
 # --- every parameter reaches what it is for -------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inference_job(folder: Path, **inputs: str) -> StageJob:
     """An inference job as `tasks.inference` makes it."""
-    generation = Generation(max_new_tokens=8).model_dump(exclude={"seed"})
+    generation = Generation(max_new_tokens=8).parameters()
     return StageJob(
         stage="inference-customized" if "adapter" in inputs else "inference-complete",
         parameters={**generation, "dtype": "float32"},

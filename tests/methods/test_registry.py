@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
-from configs.train import TrainConfig
+from configs.train import Hyperparameters, TrainConfig
 from methods.registry import find_method, known_method, load_methods, read_manifest
 from tests.own_methods import STAGE, install_method, write_manifest
 
@@ -42,6 +42,13 @@ def test_a_stage_in_an_environment_of_its_own_runs_with_its_interpreter(tmp_path
 def test_a_stage_that_the_method_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no stage saving[\s\S]*one of training"):
         read_manifest(write_manifest(tmp_path)).stage_file("saving")
+
+
+def test_a_parameter_that_a_method_does_not_use_is_at_its_default_where_nobody_sets_it() -> None:
+    method = find_method("pretrain")
+    common = Hyperparameters()
+    for name in method.hyperparameters.unused:
+        assert method.hyperparameter_default(name) == getattr(common, name)
 
 
 def own(**keywords: Any) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from methods import contract
 from methods.registry import find_method
@@ -74,7 +76,7 @@ def saving_job(folder: Path, base: Path, trained: Path, dtype: str = "auto") -> 
 def inference_job(folder: Path, **inputs: str) -> StageJob:
     """An inference job as `tasks.inference` makes it."""
     stage = "inference-customized" if "adapter" in inputs else "inference-complete"
-    generation = Generation(batch_size=4).model_dump(exclude={"seed"})
+    generation = Generation(batch_size=4).parameters()
     return StageJob(
         stage=stage, parameters={**generation, "dtype": "float32"}, inputs=inputs, output=folder / "output", seed=5
     )
@@ -287,6 +289,33 @@ def test_a_complete_model_is_self_contained_and_scores_as_what_was_trained(
     assert max(expected) - min(expected) > 0.5
     figures: Any = result["verification"]
     assert 0 <= figures["merged_to_reference"] <= figures["tolerance"] < figures["merged_to_base"]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_base_without_a_pad_token_gives_one_score_alone_in_a_batch_and_saved(
+    tiny_model: Path, rows: Path, tmp_path: Path, tuning: str
+) -> None:
+    base = tmp_path / "no-pad"
+    shutil.copytree(tiny_model, base)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = json.loads((base / name).read_text())
+        kept = {field: value for field, value in content.items() if field not in ("pad_token", "pad_token_id")}
+        (base / name).write_text(json.dumps(kept))
+    job = Bench("reward", base, rows, tmp_path / "jobs").train(epochs=1, learning_rate=5e-3, tuning=tuning)
+    output = job / "output"
+    saving.main(open_job(tmp_path / "saving", saving_job(tmp_path / "saving", base, output)))
+    saved = tmp_path / "saving" / "output"
+    texts = conversations(rows)[:6]
+    trained = load(base, output) if tuning == "lora" else load(output)
+    alone = [scores(trained, output, [text])[0] for text in texts]
+    assert len(set(alone)) > 1
+    assert scores(trained, output, texts) == pytest.approx(alone, abs=1e-4)
+    # By the library alone, which reads the pad token in the folder.
+    whole = AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    tokenizer, _ = chat.load_tokenizer(str(saved))
+    with torch.no_grad():
+        rendered = [torch.tensor([scoring.scored_tokens(tokenizer, text)]) for text in texts]
+        assert [float(whole(ids).logits) for ids in rendered] == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

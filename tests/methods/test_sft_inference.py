@@ -43,7 +43,7 @@ def inference_job(folder: Path, weights: dict[str, str], texts: list[str] = QUES
     (folder / "requests.jsonl").write_text("".join(lines), encoding="utf-8")
     return StageJob(
         stage="inference-customized" if "adapter" in weights else "inference-complete",
-        parameters={**chosen.model_dump(exclude={"seed"}), "dtype": "float32"},
+        parameters={**chosen.parameters(), "dtype": "float32"},
         inputs={"requests": str(folder / "requests.jsonl"), **weights},
         output=folder / "output",
         seed=chosen.seed,
@@ -80,8 +80,9 @@ def test_batches_are_made_of_prompts_of_like_length(model: Any, tokenizer: Any, 
         return original(input_ids=input_ids, **rest)
 
     model.generate = record
-    done: list[int] = []
-    generate(model, tokenizer, prompts, Sampling(max_new_tokens=2), batch_size=2, on_progress=done.append)
+    done: list[float] = []
+    sampling = Sampling(max_new_tokens=2)
+    generate(model, tokenizer, prompts, sampling, batch_size=2, on_progress=lambda rows, _: done.append(rows))
     lengths = sorted(map(len, prompts), reverse=True)
     assert widths == [(2, lengths[0]), (2, lengths[2]), (1, lengths[4])]
     assert done == [2, 4, 5]
@@ -91,8 +92,8 @@ def test_hit_limit_is_true_only_for_answers_that_were_cut(model: Any, tokenizer:
     tokens = [tokenizer(text)["input_ids"][0] for text in ("a", "b", "c")]
     ends = [tokenizer.eos_token_id]
     read = generating.as_answer
-    assert read(tokenizer, [*tokens, ends[0]], ends, 4) == generating.Answer("abc", 3, hit_limit=False)
-    assert read(tokenizer, tokens, ends, 3) == generating.Answer("abc", 3, hit_limit=True)
+    assert read(tokenizer, [*tokens, ends[0]], ends, 4) == generating.Answer("abc", 3, hit_limit=False, marked="abc")
+    assert read(tokenizer, tokens, ends, 3) == generating.Answer("abc", 3, hit_limit=True, marked="abc")
     assert all(answer.hit_limit for answer in generate(model, tokenizer, prompts, Sampling(max_new_tokens=3)))
 
 

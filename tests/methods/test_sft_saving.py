@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,57 @@ def test_a_merged_model_equals_base_and_adapter_and_not_the_base(
     figures: Any = result["verification"]
     assert figures["merged_to_base"] == pytest.approx(moved, rel=1e-3)
     assert figures["merged_to_reference"] <= figures["tolerance"]
+
+
+def tied_model(base: Path, folder: Path) -> Path:
+    """The model with one table for its input embeddings and its output head."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_the_embeddings_is_merged_into_them_alone(
+    tiny_model: Path, tiny_rows: Path, tmp_path: Path, tied: bool
+) -> None:
+    base = tied_model(tiny_model, tmp_path / "tied") if tied else tiny_model
+    hyper = {**HYPER["lora"], "lora_targets": ["embed_tokens", "q_proj"]}
+    training.main(open_job(tmp_path, training_job(tmp_path, base, tiny_rows, **hyper)))
+    adapter = load_file(tmp_path / "output" / "adapter_model.safetensors")
+    assert {name.split(".lora")[0].rpartition(".")[2] for name in adapter} == {"embed_tokens", "q_proj"}
+    saving.main(open_job(tmp_path / "saving", saving_job(tmp_path / "saving", base, tmp_path / "output")))
+    saved = tmp_path / "saving" / "output"
+    torch.testing.assert_close(logits(saved), logits(base, tmp_path / "output"), atol=1e-3, rtol=1e-4)
+    before, after = load_file(base / "model.safetensors"), load_file(saved / "model.safetensors")
+    embedded = before["model.embed_tokens.weight"]
+    torch.testing.assert_close(after["lm_head.weight"], embedded if tied else before["lm_head.weight"])
+    assert float((after["model.embed_tokens.weight"] - embedded).abs().max()) > 0.1
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_proj", "lm_head"], "lora_targets names lm_head, the output head"),
+        (
+            ["q_proj", "w_pack"],
+            r"lora_targets names w_pack, which this model \(llama\) does not have.*down_proj, embed",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "kto", "orpo"])
+def test_targets_that_cannot_be_trained_are_refused_before_the_train(
+    tiny_model: Path, tmp_path: Path, method: str, targets: list[str], said: str
+) -> None:
+    stage = import_module(f"methods.{method}.training")
+    given = {"lora_targets": targets, **({"num_generations": 2} if method == "grpo" else {})}
+    job = open_job(tmp_path, training_job(tmp_path, tiny_model, tmp_path / "none", method=method, **given))
+    with pytest.raises(contract.Refused, match=said):
+        stage.prepare_model(job)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "full"])

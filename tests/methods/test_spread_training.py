@@ -36,7 +36,7 @@ def train(
 ) -> dict[str, Any]:
     """Train on a CPU as a train with this distribution does, in two processes unless it is `none`."""
     folder.mkdir(parents=True, exist_ok=True)
-    job = training_job(folder, model, rows, validation=rows, resume=resume, **{**HYPER, **hyper})
+    job = training_job(folder, model, rows, resume=resume, **{"validation": rows, **HYPER, **hyper})
     given = {"name": "t", "base_model": "b", "dataset": "d", "distribution": distribution}
     config = TrainConfig.model_validate(given | {"processes": 1 if distribution == "none" else 2})
     method = find_method("sft")
@@ -87,6 +87,26 @@ def test_two_processes_resume_as_one(tiny_model: Path, rows: Path, tmp_path: Pat
     train(tmp_path / "resumed", tiny_model, rows, "ddp", resume=start, batch_size=2)
     assert min(curve(tmp_path / "resumed", "loss")) == 7
     same(tmp_path / "whole", tmp_path / "resumed", since=6)
+
+
+@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+def test_two_processes_keep_the_same_best_step(tiny_model: Path, rows: Path, tmp_path: Path, distribution: str) -> None:
+    contrary = tmp_path / "contrary.jsonl"
+    held_back = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row in held_back:  # once the answers are learned, the loss of others rises
+        row["messages"][-1]["content"] = "the room is dark"
+    contrary.write_text("".join(json.dumps(row) + "\n" for row in held_back))
+    hyper: dict[str, Any] = {"batch_size": 2, "evaluation_steps": 2, "checkpoint_steps": 99, "keep_checkpoints": 1}
+    hyper |= {"max_steps": 24, "keep_best": "eval_loss", "learning_rate": 2e-2, "lr_scheduler": "constant"}
+    hyper |= {"validation": contrary, "num_generations": 1}
+    result = train(tmp_path / "two", tiny_model, rows, distribution, **hyper, early_stopping_patience=2)
+    points = {step: values[0] for step, values in curve(tmp_path / "two", "eval_loss").items()}
+    best = min(points, key=lambda step: points[step])
+    assert result["best_step"] == best
+    assert max(points) == result["steps"] == best + 4 < 24
+    train(tmp_path / "short", tiny_model, rows, distribution, **{**hyper, "max_steps": best, "keep_best": None})
+    expected, found = weights(tmp_path / "short"), weights(tmp_path / "two")
+    assert all((found[name] - tensor).abs().max() < 1e-5 for name, tensor in expected.items())
 
 
 def test_two_processes_are_cancelled_together(tiny_model: Path, rows: Path, tmp_path: Path) -> None:

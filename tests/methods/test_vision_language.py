@@ -21,6 +21,7 @@ from methods.registry import find_method
 from methods.toolkit import images, vision_models, vision_rows
 from methods.toolkit.chat import IGNORED
 from methods.vision_language import check, training
+from tests.methods import parameter_effects as effects
 from tests.methods.stage_jobs import curve
 from tests.methods.vision_bench import OWN, VisionBench, ids_of, stored_rows
 from tests.tiny_vision_models import FAMILIES, make_tiny_vision_model
@@ -485,6 +486,7 @@ def _dtype(bench: VisionBench, _: str) -> None:
         assert next(bench.build(dtype=name, tuning="full").model.parameters()).dtype == getattr(torch, name)
 
 
+KEPT: dict[str, Any] = {"batch_size": 2, "num_generations": 1, "max_new_tokens": 2}
 EFFECTS: dict[str, Callable[[VisionBench, str], None]] = {
     **dict.fromkeys(LORA, _lora_field),
     **dict.fromkeys(LENGTHS, _lengths),
@@ -498,6 +500,10 @@ EFFECTS: dict[str, Callable[[VisionBench, str], None]] = {
     "over_length": _over_length,
     "max_samples": lambda bench, _: _equal(len(bench.build(max_samples=5).train_dataset), 5),
     "keep_checkpoints": _keep_checkpoints,
+    "keep_best": lambda bench, _: effects.keep_best(bench, **KEPT),
+    "early_stopping_patience": lambda bench, _: effects.early_stopping(bench, **KEPT),
+    "early_stopping_threshold": lambda bench, _: effects.early_stopping(bench, **KEPT),
+    "stop_after_nonfinite": lambda bench, _: effects.stop_after_nonfinite(bench, **KEPT),
     "group_by_length": _group_by_length,
     "dtype": _dtype,
 }

@@ -102,6 +102,13 @@ def test_trains_without_common_rows_are_compared_by_their_losses_without_an_inte
     found = compare_trains(records, validated=validated)
     assert found.better is None
     assert "eval_loss (less is better; one figure a train, so without an interval): one 0.5, two 0.25" in found.verdict
+    measured = [
+        record(name, evaluation_dataset="test@0123456789ab", evaluation={"tuned": {"perplexity": value}})
+        for name, value in (("one", 9.5), ("two", 7.25))
+    ]
+    assert "tuned perplexity (less is better; one figure a train, so" in compare_trains(measured).verdict
+    elsewhere = [measured[0], measured[1].model_copy(update={"evaluation_dataset": "other@0123456789ab"})]
+    assert "perplexity" not in compare_trains(elsewhere).verdict
     other = compare_trains(records, "f1", {"one": answers(1), "two": answers(3, dataset="other@0123456789ab")})
     assert "scored on other rows (other@0123456789ab)" in other.not_compared["two"]
     assert other.samples == []

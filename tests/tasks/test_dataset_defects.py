@@ -80,7 +80,11 @@ DEFECTS: dict[str, Defect] = {
         None,
         "the text is not UTF-8: byte 0xc4 at offset 12 of the file",
     ),
-    "prose": Defect("a.txt", "你好".encode(), None, None, "the content is not JSON: it starts with the text '你'"),
+    "prose": Defect("a.md", "你好".encode(), None, None, "the content is not JSON: it starts with the text '你'"),
+    "prose in GBK": Defect(
+        "a.txt", "a\n\n你好".encode("gbk"), 3, None, "the text is not UTF-8: byte 0xc4 at offset 3 of the file"
+    ),
+    "no prose": Defect("a.txt", b" \n\n", None, None, "the dataset file holds only blank lines"),
     "old Excel": Defect("a.xls", b"\xd0\xcf", None, None, "the old Excel format is not read"),
     "compressed": Defect("a.jsonl.gz", b"\x1f\x8b", None, None, "a compressed file is not read"),
     "damaged archive": Defect("a.zip", b"PK\x03\x04", None, None, "the archive is damaged: File is not a zip file"),
@@ -93,6 +97,17 @@ DEFECTS: dict[str, Defect] = {
         1,
         "text, 标签",
         "the shape of the rows is not recognised; their columns are: text, 标签",
+    ),
+    "a text beside a prompt": Defect(
+        "a.jsonl",
+        lines({"prompt": "a", "text": "b"}),
+        1,
+        "prompt, text",
+        "the shape of the rows is not recognised; their columns are: prompt, text",
+    ),
+    "an empty document": Defect("a.jsonl", lines({"text": "a"}, {"text": " "}), 2, "text", "the text is empty"),
+    "a document that is none": Defect(
+        "a.jsonl", lines({"text": "a"}, {"text": ["b"]}), 2, "text", "text is a list of 1 where text is expected"
     ),
     "two shapes in one row": Defect(
         "a.jsonl",

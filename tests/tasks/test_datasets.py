@@ -437,7 +437,8 @@ def test_statistics_and_duplicates_are_exact(tmp_path: Path) -> None:
         ("data.xlsx", b"PK", "no Excel file"),
         ("data.zip", b"PK", "archive is damaged"),
         ("data.xls", b"\xd0\xcf", "old Excel format is not read"),
-        ("data.txt", b"hello", "not JSON: it starts with the text 'h'"),
+        ("data.md", b"hello", "not JSON: it starts with the text 'h'"),
+        ("data.txt", b"\n \n", "only blank lines"),
         ("data", b"\x80\x04", "not JSON"),
     ],
 )

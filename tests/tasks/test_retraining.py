@@ -74,6 +74,20 @@ def test_a_file_that_is_gone_or_broken_is_an_error_and_no_empty_dataset(tmp_path
         retraining.newest_version(policy(str(broken)), config())
 
 
+def test_held_out_documents_are_refused_before_anything_is_trained_again(tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("one\n\ntwo", encoding="utf-8")
+    (tmp_path / "rows.txt").write_text("three\n\nfour", encoding="utf-8")
+    given = {"dataset": str(tmp_path / "rows.txt"), "evaluation_dataset": str(tmp_path / "held.txt")}
+    with pytest.raises(UserError, match="these are plain texts; champion and challenger are compared by their answers"):
+        retraining.resolve_policy("lights", given)
+
+
+def test_rows_of_documents_are_no_conversations_that_were_held_out() -> None:
+    told = [b'{"line": 1, "text": "a"}', b'{"line": 9, "text": "a", "extra": {"b": 1}}', b'{"line": 1, "text": "b"}']
+    first, again, other = map(retraining._row_key, told)
+    assert first == again != other
+
+
 def test_the_half_line_of_a_killed_process_is_no_outcome_and_no_obstacle() -> None:
     first = RetrainOutcome(line="lights", result="skipped", reason="nothing is new")
     second = RetrainOutcome(line="lights", result="refused", reason="worse")

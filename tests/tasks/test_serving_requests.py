@@ -280,6 +280,6 @@ def test_probes_of_a_model_that_was_not_trained_here_are_general_ones(home: Path
     (tmp_path / "weights.txt").write_text("3")
     given: dict[str, Any] = {"name": "b", "line": "b", "base": "b", "method": "mine", "adapter": True}
     record = ModelRecord(stage="customized", path=tmp_path, base_path=tmp_path, **given)
-    (probe,) = collect_probes(record, lambda events: None)
+    (probe,) = collect_probes(record, "custom", lambda events: None)
     assert isinstance(probe, RequestProbe)
     assert [len(vector) for vector in probe.prediction["embeddings"]] == [3, 3]

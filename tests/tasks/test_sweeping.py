@@ -219,7 +219,7 @@ def test_a_sweep_runs_once_at_a_time(folder: Path) -> None:
 
 
 def test_of_losses_and_distances_less_is_better() -> None:
-    lower = ("loss", "eval_loss", "perplexity", "edit_distance", "kl")
+    lower = ("loss", "eval_loss", "perplexity", "eval_perplexity", "bits_per_byte", "edit_distance", "kl")
     assert [name for name in lower if not sweeping.lower_is_better(name)] == []
     assert [name for name in ("f1", "ndcg_at_10", "eval_reward_accuracy") if sweeping.lower_is_better(name)] == []
 

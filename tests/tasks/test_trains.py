@@ -140,3 +140,25 @@ def test_a_flow_run_finds_the_train_it_has_worked_on_in_any_attempt(record: Trai
         assert found is not None
         assert found.id == record.id
     assert trains.train_of_flow_run("third") is None
+
+
+def test_what_auto_became_is_recorded_with_its_origin(record: TrainRecord) -> None:
+    event = {"type": "resolved", "name": "dtype", "value": "float32", "origin": "hardware", "reason": "an old CPU"}
+    trains.note_resolved(record, [{"type": "phase", "name": "loading"}, event])
+    assert trains.load_train(record.id).resolved["dtype"].model_dump() == {
+        "value": "float32",
+        "origin": "hardware",
+        "reason": "an old CPU",
+    }
+    tags = MlflowClient().get_run(record.run_id).data.tags
+    assert tags["tuneline.resolved.dtype"] == "float32 (hardware: an old CPU)"
+
+
+def test_what_auto_became_is_recorded_while_mlflow_is_away(
+    record: TrainRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    event = {"type": "resolved", "name": "dtype", "value": "bfloat16", "origin": "hardware", "reason": "a GPU"}
+    trains.note_resolved(record, [event])
+    assert trains.load_train(record.id).resolved["dtype"].value == "bfloat16"

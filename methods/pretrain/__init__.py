@@ -1,0 +1,1 @@
+"""Continued pre-training of chat and base models on plain text."""
