@@ -77,11 +77,27 @@ def load_scorer(path: str, dtype: str, *, load_in_4bit: bool = False) -> Any:
                 path, num_labels=1, **remote_code.loading(path), **loading(dtype, load_in_4bit)
             )
     except (OSError, ValueError) as error:
-        raise Refused(f"cannot load {path} as a reward model: {error}") from error
+        raise Refused(f"cannot load {path} as a reward model: {_why_no_scorer(path, error)}") from error
     finally:
         logging.set_verbosity(told)
     found.config.get_text_config().pad_token_id = chat.load_tokenizer(path)[0].pad_token_id
     return found
+
+
+def _why_no_scorer(path: str, error: Exception) -> str:
+    """What to say of a model that cannot be loaded under a head of one number."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as KNOWN
+
+    if isinstance(error, OSError):  # files are missing or damaged
+        return str(error)
+    kind = AutoConfig.from_pretrained(path, **remote_code.loading(path)).model_type
+    if kind in KNOWN:
+        return str(error)
+    return (
+        f"the library has no sequence classification for models of the type {kind}. Choose a base model of another "
+        "family, such as Llama, Qwen2.5, Qwen3, Mistral or Gemma."
+    )
 
 
 def loading(dtype: str, load_in_4bit: bool) -> dict[str, Any]:

@@ -137,9 +137,11 @@ def _ended(family: Family, case: Case, state: State, error: Exception, folder: P
 
 
 def _shortened(text: str, folder: Path) -> str:
-    """The first sentence, without the paths of a run."""
+    """The first sentence, up to the way out of it; without the paths of a run and the type of the model."""
     text = re.sub(rf"{re.escape(str(folder))}\S*", "MODEL", " ".join(text.split()))
-    return text.split(". ")[0][:200]
+    kind = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))["model_type"]
+    text = re.sub(rf"'{kind}'|\b{kind}\b", "TYPE", text)
+    return re.split(r"[.;] ", text)[0].rstrip(".")[:200]
 
 
 def _rows_of(folder: Path) -> tuple[int, int]:

@@ -444,3 +444,11 @@ def test_no_request_gives_no_score(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_text("")
     job = inference_job(tmp_path, requests=str(tmp_path / "requests.jsonl"), model=str(tiny_model))
     assert inference_complete.main(open_job(tmp_path, job))["rows"] == 0
+
+
+def test_a_base_whose_architecture_has_no_scores_is_refused_by_its_type(tmp_path: Path) -> None:
+    from tests.families.family_models import BY_NAME, make_model
+
+    base = make_model(BY_NAME["Granite"], tmp_path / "base")
+    with pytest.raises(contract.Refused, match="no sequence classification for models of the type granite. Choose a base model"):
+        models.load_scorer(str(base), "float32")
