@@ -113,7 +113,7 @@ def run(job: contract.Job, reporter: Reporter, rows: list[Any]) -> dict[str, flo
 def save(job: contract.Job, reporter: Reporter, tokenizer: Any, outcome: dict[str, float]) -> dict[str, object]:
     """Save the adapter in peft's form, the tokenizer and the probe prompts."""
     adapters.save_for_peft(reporter.model, job.output, job.inputs["base_model"], job.parameters)
-    tokenizer.save_pretrained(job.output)
+    chat.save_tokenizer(tokenizer, job.output)
     remote_code.carry(job.inputs["base_model"], job.output)
     conversations = tokenizing.read_conversations(Path(job.inputs["train_rows"]), -1)
     probing.write_probes(job.output, tokenizer, conversations)
