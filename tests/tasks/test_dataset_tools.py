@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.datasets import DatasetVersion, Problem, RequestedShape, Shape
+from tasks.dataset_mixing import mix_datasets
 from tasks.dataset_tools import linked, read_tools, tools_in_system
 from tasks.datasets import add_dataset, check_dataset
 from tests.shared_cases import shared_case
@@ -367,6 +368,15 @@ def test_broken_row_names_its_place(tmp_path: Path, row: object, kind: str, fiel
     assert (problem.kind, problem.line, problem.field) == (kind, 1, field)
     assert words in problem.message
     assert problem.mend
+
+
+def test_plain_conversations_are_mixed_with_rows_with_tools(tmp_path: Path) -> None:
+    plain = [{"messages": [{"role": "user", "content": f"hi {number}"}, SAID]} for number in range(3)]
+    add_dataset(write_lines(tmp_path / "plain.jsonl", *plain))
+    add_dataset(write_lines(tmp_path / "calls.jsonl", *[FORMATS["sharegpt"][1]] * 3))
+    mixed = mix_datasets({"plain": 1, "calls": 1}, "both")
+    assert (mixed.kind, mixed.rows) == ("chat_tools", 6)
+    assert sum("tools" in row for row in rows_of(mixed)) == 3
 
 
 # Null padding of nested columns
