@@ -19,7 +19,16 @@ from methods.toolkit.chat import (
     render_conversation,
     render_prompt,
 )
-from methods.toolkit.tokenizing import Conversation, Limits, RowReport, excess_of, note, read_rows, shorten_question
+from methods.toolkit.tokenizing import (
+    Conversation,
+    Limits,
+    RowReport,
+    excess_of,
+    note,
+    read_rows,
+    shorten_question,
+    way_out,
+)
 
 Ranking = Literal["best", "all"]
 """Which pairs a ranked row gives: the best answer with each worse one, or each answer with each worse one."""
@@ -252,6 +261,5 @@ def _require_pairs(report: PairReport, limits: Limits) -> None:
     raise Refused(
         f"nothing to train on: of {report.pairs} pairs {report.dropped_over_length} are over a length limit, "
         f"{report.without_supervised_token} have no answer token left, {report.without_difference} no difference left, "
-        f"{report.not_renderable} cannot be rendered ({reasons}). Raise max_seq_length (now {limits.sequence}) or look "
-        "at the dataset report."
+        f"{report.not_renderable} cannot be rendered ({reasons}). {way_out(report, limits)}"
     )

@@ -316,6 +316,13 @@ def note(report: RowReport, text: str, most: int = 10) -> None:
         report.notes.append(text)
 
 
+def way_out(report: RowReport, limits: Limits) -> str:
+    """What helps where no row is left: a longer limit if rows are over one, else other rows or another template."""
+    if report.dropped_over_length or report.without_supervised_token:
+        return f"Raise max_seq_length (now {limits.sequence}) or look at the dataset report."
+    return "Look at the dataset report (`tuneline datasets check FILE --model MODEL`), or take another base model."
+
+
 def require_training_tokens(report: RowReport, limits: Limits) -> None:
     """Raise Refused with the reasons if no token is left to train on."""
     if report.supervised_tokens:
@@ -324,5 +331,5 @@ def require_training_tokens(report: RowReport, limits: Limits) -> None:
     raise Refused(
         f"nothing to train on: of {report.read} rows {report.dropped_over_length} are over a length limit, "
         f"{report.without_supervised_token} have no answer token left, {report.not_renderable} cannot be rendered "
-        f"({reasons}). Raise max_seq_length (now {limits.sequence}) or look at the dataset report."
+        f"({reasons}). {way_out(report, limits)}"
     )
