@@ -196,9 +196,7 @@ def _text(
     `thinking` switches thoughts on or off where the template can; None: its default.
     """
     if tools and not shows_tools(tokenizer):
-        raise RenderError(
-            "the chat template of this model shows no tools: take a model whose template does, or remove the tools"
-        )
+        raise RenderError("the chat template of this model shows no tools: take another model, or remove the tools")
     style = find_style(tokenizer)
     named = {} if thinking is None or style.switch is None else {style.switch: thinking}
     shown = [_shown(message, inline=style.place == "text") for message in messages]
