@@ -83,7 +83,7 @@ def test_it_is_deployed_a_day_later(tmp_path: Path, run: Any, a_day_later: dict[
     assert json.loads(probes.read_text(encoding="utf-8"))["date"] == str(date.today())
 
     printed(run("deploy", train["model"], "--endpoint", "dated", extra=a_day_later))
-    (endpoint,) = read_json(run("deployments", "--json"))
-    proof = endpoint["deployments"][-1]["verification"]
+    record = tmp_path / "home" / "endpoints" / "dated" / "endpoint.json"
+    proof = json.loads(record.read_text(encoding="utf-8"))["deployments"][-1]["verification"]
     assert proof["prompts_checked"] == proof["answers_checked"] == 4
     assert proof["prompts_compared"] == "tokens"
