@@ -204,6 +204,14 @@ def _endpoint(bench: Bench) -> None:
     assert 'endpoint.name == "four"' in body
 
 
+def _template_date(bench: Bench) -> None:
+    chosen, today = bench.prepared(template_date="2024-07-26"), bench.prepared()
+    for record, expected in ((chosen, "2024-07-26"), (today, today.created.date().isoformat())):
+        job = trains._training_job(record, bench.folder / "job", None)
+        assert job.inputs["date"] == expected
+        assert str(trains.evaluation_generation(record).template_date) == expected
+
+
 def _resume_after_crash(bench: Bench) -> None:
     decided = []
     for times in (0, 1):
@@ -229,6 +237,7 @@ CONSUMED: dict[str, Callable[[Bench], None]] = {
     "evaluation_by": _scoring,
     "stop_words": _scoring,
     "max_new_tokens": _evaluation,
+    "template_date": _template_date,
     "allow_refused_rows": _allow_refused_rows,
     "through": _through,
     "endpoint": _endpoint,
