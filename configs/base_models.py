@@ -6,9 +6,7 @@ Models that a train made ("mine") are in the MLflow registry and are found by th
 from __future__ import annotations
 
 import fcntl
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from configs.aliases import nearest
 from configs.errors import UserError
+from configs.private_files import write_private
 from configs.settings import Settings
 from configs.strict_yaml import YamlFile, read_yaml
 from configs.train import Slug, Text
@@ -228,16 +227,7 @@ def _write(file: Path, entries: dict[str, BaseModelEntry]) -> None:
         name: entry.model_dump(mode="json", exclude={"name"}, exclude_none=True) for name, entry in entries.items()
     }
     text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".base_models-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_private(file, text)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from configs.base_models import is_hub_id
 from configs.errors import UserError
+from configs.private_files import write_private
 from configs.settings import Settings
 from configs.strict_yaml import read_yaml
 from configs.validation_errors import Place, one_error, problems_of
@@ -134,14 +134,4 @@ def _changing(settings: Settings) -> Iterator[AllowedCode]:
 
 def _write(file: Path, allowed: AllowedCode) -> None:
     text = yaml.safe_dump(allowed.model_dump(mode="json"), sort_keys=False)
-    # Only its owner can read it.
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".allow_remote_code-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_private(file, text)
