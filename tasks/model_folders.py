@@ -29,6 +29,13 @@ _PROMPT_ADAPTERS = frozenset(
 )
 
 
+def prints_date(folder: Path) -> bool:
+    """Whether the chat template of a model folder prints the day of rendering."""
+    files = [folder / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
+    named = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return any("strftime_now" in file.read_text(encoding="utf-8") for file in (*files, *named) if file.is_file())
+
+
 def check_model_folder(path: Path) -> None:
     """Refuse a folder that cannot be served: no model, or an adapter without its base. Raises UserError."""
     if not path.is_dir():

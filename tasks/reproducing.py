@@ -62,7 +62,7 @@ def pinned_config(record: TrainRecord) -> dict[str, Any]:
         if (version := getattr(record, field)) is not None and content[field] is not None
     }
     base = {"base_model": record.base} if record.base is not None and "@" in record.config.base_model else {}
-    return {**content, **versions, **base, "template_date": record.template_date.isoformat()}
+    return {**content, **versions, **base}
 
 
 def reproduction_config(record: TrainRecord) -> ResolvedTrain:

@@ -37,6 +37,7 @@ from tasks.inference import Generation, inference_stage
 from tasks.launching import launcher
 from tasks.measuring import TEXT_KINDS, keep_measurement, measure
 from tasks.method_inputs import copied_files, fixed_models, method_inputs, model_folders, with_copied_files
+from tasks.model_folders import prints_date
 from tasks.pages import as_html
 from tasks.plots import draw_curves
 from tasks.remote_code import allowed_digests, code_record
@@ -281,7 +282,11 @@ def fetch_base(record: TrainRecord, on_events: EventHandler = lambda events: Non
     client.set_tag(record.run_id, "tuneline.base", name)
     if code is not None:
         client.set_tag(record.run_id, "tuneline.remote_code", f"{code.digest}: {', '.join(code.files)}")
-    return update_train(record.id, base=name, base_path=path, remote_code=code)
+    config = record.config
+    if config.template_date is None and prints_date(path):
+        # Fixed once: the run may go on, or be repeated, on another day.
+        config = config.model_copy(update={"template_date": record.template_date})
+    return update_train(record.id, config=config, base=name, base_path=path, remote_code=code)
 
 
 def prepare_datasets(record: TrainRecord) -> TrainRecord:

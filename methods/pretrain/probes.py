@@ -19,6 +19,8 @@ def write_probes(folder: Path, tokenizer: Any, rows: Path) -> None:
     that adds a newline. Raises what the template raises.
     """
     talks = [Conversation(0, [*_asked(start), _ANSWER], None) for start in _starts(tokenizer, rows)]
+    for talk in talks:
+        chat.render_prompt(tokenizer, talk.messages[:-1])  # else what the template refuses is left out
     probing.write_probes(folder, tokenizer, talks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,13 @@ def _template_date(bench: Bench) -> None:
         job = trains._training_job(record, bench.folder / "job", None)
         assert job.inputs["date"] == expected
         assert str(trains.evaluation_generation(record).template_date) == expected
+    assert today.config.template_date is None
+    dated = bench.folder / "dated"
+    shutil.copytree(bench.model, dated)
+    template = (dated / "chat_template.jinja").read_text(encoding="utf-8")
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + template, encoding="utf-8")
+    fixed = bench.prepared(base_model=str(dated))
+    assert fixed.config.template_date == fixed.created.date()  # a copy on another day has the same prompts
 
 
 def _resume_after_crash(bench: Bench) -> None:
