@@ -49,7 +49,7 @@ def allow(
         str | None, typer.Option("--yes", metavar="DIGEST", help="Allow without asking, if this is the digest.")
     ] = None,
 ) -> None:
-    """Allow the Python code that a model brings, once you have read it. It runs with all your rights."""
+    """Allow the Python code of a model that you have read. It runs with all your rights."""
     from configs.remote_code import allow_code
     from tasks.code_listing import list_code
 
@@ -98,7 +98,7 @@ def convert(
     to: Annotated[Path | None, typer.Option(help="Folder to write; by default one in Tuneline's home.")] = None,
     json_: Json = False,
 ) -> None:
-    """Convert weights in pytorch_model*.bin to safetensors, in a process without network, keys and pickled code."""
+    """Convert pytorch_model*.bin to safetensors. The process has no network, no keys and loads no pickled code."""
     from tasks.bin_weights import convert_model
 
     done = convert_model(model, to, load_settings())
