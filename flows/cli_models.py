@@ -61,7 +61,7 @@ def add(
     description: Annotated[str, typer.Option(help="Description.")] = "",
     license_: Annotated[str, typer.Option("--license", help="License.")] = "",
 ) -> None:
-    """Register a base model of your own, from a folder or a hub id."""
+    """Register your own base model, a folder or a hub id."""
     from pydantic import ValidationError
 
     from configs.base_models import BaseModelEntry
