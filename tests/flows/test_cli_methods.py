@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +31,13 @@ def test_a_method_is_begun_added_shown_and_deleted(home: Path, tmp_path: Path) -
     manifest = tmp_path / "mine" / "method.yaml"
     own = "parameters:\n  beta: {type: number, minimum: 0, default: 0.1, description: Strength of it.}\n"
     common = "hyperparameters: {unused: [num_generations], defaults: {learning_rate: 1.0e-6}}\n"
-    manifest.write_text(manifest.read_text().replace("parameters: {}\n", own + common))
+    text = re.sub(r"hyperparameters:\n(  .*\n)+", common, manifest.read_text())
+    manifest.write_text(text.replace("parameters: {}\n", own))
     assert "mine is added" in tuneline("methods", "add", tmp_path / "mine")
     listed = json.loads(tuneline("methods", "list", "--json"))
     assert "mine" in {method["name"] for method in listed}
     shown = tuneline("methods", "show", "mine")
-    assert "trains on    conversations (chat)" in shown
+    assert "trains on    conversations (chat), conversations with tool calls (chat_tools)" in shown
     assert "| `beta` | – | `0.1` | a number ≥ 0 | – | Strength of it. |" in shown
     assert "| `learning_rate` | `LEARNING_RATE`, `LR`, `学习率` | `1e-06` |" in shown
     assert "num_generations" not in shown

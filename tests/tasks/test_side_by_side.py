@@ -148,7 +148,7 @@ def test_rows_that_fail_are_left_out_of_the_scores_and_told(
 
 
 def test_a_server_that_is_gone_is_asked_no_more(tmp_path: Path) -> None:
-    talks = [[{"role": "user", "content": f"light {number}"}] for number in range(60)]
+    talks = [{"messages": [{"role": "user", "content": f"light {number}"}]} for number in range(60)]
     with chat_server(lambda _: 400) as server:
         answers = ask_endpoint(endpoint(server, tmp_path), talks, GENERATION)
         assert len(answers) == 60
