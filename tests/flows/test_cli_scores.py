@@ -30,6 +30,7 @@ def evaluate(place: Path, *arguments: str, **options: Any) -> Any:
     return tuneline(*command, home=place / "home", cwd=place, seconds=300, **options)
 
 
+@pytest.mark.lifecycle
 def test_two_models_side_by_side_with_a_judge_and_one_that_fails(place: Path) -> None:
     broken = place / "broken"
     broken.mkdir()
@@ -53,6 +54,7 @@ def test_two_models_side_by_side_with_a_judge_and_one_that_fails(place: Path) ->
         assert b"a-secret" not in (place / "home" / name.rpartition(" ")[0]).read_bytes()
 
 
+@pytest.mark.lifecycle
 def test_a_preview_in_a_script_shows_five_rows_and_stops(place: Path, tmp_path: Path) -> None:
     done = printed(evaluate(place, "one", "two", "--preview"))
     assert "5. light 4" in done
@@ -61,6 +63,7 @@ def test_a_preview_in_a_script_shows_five_rows_and_stops(place: Path, tmp_path: 
     assert "without --preview all 7 rows" in done
 
 
+@pytest.mark.lifecycle
 def test_one_model_by_slice_with_its_perplexity(place: Path) -> None:
     found = read_json(evaluate(place, "one", "--by", "room", "--perplexity", "--json"))
     assert found["perplexity"] > 1

@@ -20,6 +20,8 @@ from tasks.models import find_model
 from tasks.serving_settings import settings_notes
 from tasks.tracking import mlflow_client
 
+pytestmark = pytest.mark.lifecycle  # whole trains and a real server, a minute and more
+
 PUBLISHED = {"repetition_penalty": 1.3, "do_sample": True, "top_k": 20, "temperature": 0.7}
 QUESTIONS = ["switch the light in the kitchen on and off", "is the light on on on?", "off"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in QUESTIONS]

@@ -20,6 +20,8 @@ from methods.toolkit import merging
 from tasks import models, tracking, train_checkpoints, trains
 from tests.flows.tiny_trains import installation, resolved, train_file
 
+pytestmark = pytest.mark.lifecycle  # whole trains and a real server, a minute and more
+
 HYPER: dict[str, Any] = {
     "max_steps": 20,
     "evaluation_steps": 2,
@@ -143,7 +145,6 @@ def test_an_earlier_checkpoint_becomes_a_complete_model(place: Place) -> None:
     assert save(place.record.id, str(last)) == made  # once
 
 
-@pytest.mark.lifecycle
 def test_full_weights_of_an_earlier_checkpoint(place: Place) -> None:
     hyper = {"tuning": "full", "max_steps": 4, "checkpoint_steps": 2, "learning_rate": 0.001}
     given = resolved(place.root, "full-steps", hyper=hyper)
@@ -159,7 +160,6 @@ def test_full_weights_of_an_earlier_checkpoint(place: Place) -> None:
     assert made.parent.endswith("_step2")
 
 
-@pytest.mark.lifecycle
 def test_a_train_that_stops_at_nan_says_which_checkpoints_are_good_and_one_can_be_saved(place: Place) -> None:
     hyper = {"learning_rate": 1.0, "weight_decay": 1e30, "warmup_steps": 3, "lr_scheduler": "constant_with_warmup"}
     given = resolved(place.root, "diverged", hyper={**hyper, "checkpoint_steps": 1, "keep_checkpoints": 1})
