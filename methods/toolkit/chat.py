@@ -80,7 +80,7 @@ def load_tokenizer(path: str, settings: TemplateSettings | None = None) -> tuple
         added.append("the model has no chat template: one of its own user and assistant tokens is used and saved")
     settings = settings or TemplateSettings()
     added += prepare(tokenizer, settings)
-    tokenizer.configured_ends = _configured_ends(path)
+    tokenizer.configured_ends = configured_ends(path)
     tokenizer.thinking = settings.thinking
     return tokenizer, added
 
@@ -144,8 +144,8 @@ def answer_end(tokenizer: Any) -> str:
     return end
 
 
-def _configured_ends(path: str) -> list[int]:
-    """The end tokens of the model's generation settings."""
+def configured_ends(path: str) -> list[int]:
+    """The end tokens of the generation settings of a model folder or hub id; empty without such settings."""
     from transformers import GenerationConfig
 
     try:

@@ -13,7 +13,7 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from methods.toolkit import images, vision_models
-from methods.toolkit.chat import IGNORED, Rendered, RenderError
+from methods.toolkit.chat import IGNORED, Rendered, RenderError, configured_ends
 from methods.toolkit.tokenizing import Limits, RowReport, admit, require_training_tokens
 
 
@@ -114,7 +114,7 @@ def training_renderer(base: str, smallest: int | None = None, largest: int | Non
     """
     processor, added = vision_models.load_processor(base)
     vision_models.limit_images(processor, smallest, largest)
-    ends = frozenset(_end_tokens(base, processor))
+    ends = frozenset({processor.tokenizer.eos_token_id, *configured_ends(base)})
     renderer = Renderer(processor, ends)
     question = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
@@ -125,17 +125,6 @@ def training_renderer(base: str, smallest: int | None = None, largest: int | Non
     end = processor.tokenizer.eos_token
     added.append(f"the chat template ends an answer with no end token: {end!r} is added to those that are trained on")
     return Renderer(processor, ends, end), added
-
-
-def _end_tokens(base: str, processor: Any) -> set[int]:
-    from transformers import GenerationConfig
-
-    try:
-        configured = GenerationConfig.from_pretrained(base).eos_token_id
-    except OSError:  # it has none of its own
-        configured = None
-    ends = configured if isinstance(configured, list) else [configured] if configured is not None else []
-    return {processor.tokenizer.eos_token_id, *ends}
 
 
 def read_rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
